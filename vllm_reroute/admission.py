@@ -1,0 +1,46 @@
+"""Which requests a routed engine accepts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.exceptions import VLLMValidationError
+
+from vllm_reroute.planning.visual_spans import VisualSpans
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine import EngineCoreRequest
+
+
+def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
+    """Refuse an image request that could never be scheduled or fully answered.
+
+    Raises VLLMValidationError, a ValueError the API server answers with HTTP 400.
+    """
+    spans = VisualSpans.of(request.mm_features or ())
+    if spans is None:
+        return
+    _check_fits_one_step(len(request.prompt_token_ids or ()), vllm_config)
+    params = request.sampling_params
+    if params is not None and params.prompt_logprobs is not None:
+        raise VLLMValidationError(
+            "prompt_logprobs is not available for prompts with images under visual-token routing: "
+            "deferred tokens have no final hidden state. Leave prompt_logprobs out, or serve "
+            "without --reroute-schedule.",
+            parameter="prompt_logprobs",
+            value=params.prompt_logprobs,
+        )
+
+
+def _check_fits_one_step(num_prompt: int, vllm_config: VllmConfig) -> None:
+    budget = vllm_config.scheduler_config.max_num_batched_tokens
+    if num_prompt > budget:
+        raise VLLMValidationError(
+            f"The prompt has {num_prompt} tokens with its images, but visual-token routing runs a "
+            f"prompt with images in one step of at most {budget} tokens "
+            f"(--max-num-batched-tokens). Send fewer or smaller images, or start the server with "
+            f"--max-num-batched-tokens {num_prompt} or more.",
+            parameter="prompt",
+            value=num_prompt,
+        )

@@ -1,0 +1,1 @@
+"""Paged attention over a stage's own subset of tokens."""

@@ -1,0 +1,1 @@
+"""Flags added to vLLM's commands, and the `vllm-reroute` command."""

@@ -1,0 +1,73 @@
+"""The reroute flags of `vllm serve`, `vllm bench` and `vllm-reroute`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from vllm_reroute.config.options import DEFAULT_ACTION, DEFAULT_TIER, NO_SCHEDULE
+from vllm_reroute.config.schedules import ACTIONS, SCHEDULES, TIERS
+
+GROUP_TITLE = "Reroute"
+_PREFIX = "reroute_"
+
+
+def add_reroute_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags in a group of their own. Without any of them vLLM is untouched."""
+    group = parser.add_argument_group(
+        title=GROUP_TITLE,
+        description="Route visual tokens: at each decision layer the most attended ones run the "
+        "next decoder layers, the others wait outside the KV cache (arXiv 2606.12412).",
+    )
+    group.add_argument(
+        "--reroute-schedule",
+        choices=[*SCHEDULES, NO_SCHEDULE],
+        default=None,
+        help=f"Where to decide and how much to keep. {NO_SCHEDULE!r} serves without routing.",
+    )
+    group.add_argument(
+        "--reroute-action",
+        choices=ACTIONS,
+        default=None,
+        help="What becomes of tokens that were not kept: 'reroute' lets them come back at the next "
+        f"decision, 'remove' drops them for good. Default: {DEFAULT_ACTION}.",
+    )
+    group.add_argument(
+        "--reroute-tier",
+        type=int,
+        choices=TIERS,
+        default=None,
+        help="Published keep ratios, named by the average number of visual tokens per layer they "
+        f"aim at for a 576-token image. Default: {DEFAULT_TIER}.",
+    )
+    group.add_argument(
+        "--reroute-budget",
+        type=float,
+        metavar="AVG",
+        default=None,
+        help="Instead of a tier: solve for ratios that average AVG visual tokens per layer for a "
+        "576-token image, at this model's depth.",
+    )
+    group.add_argument(
+        "--reroute-layers",
+        metavar="L1,L2,...",
+        default=None,
+        help="Instead of a schedule: decision layers (0-based, increasing), e.g. 2,7,15,23.",
+    )
+    group.add_argument(
+        "--reroute-keep",
+        metavar="R1,R2,...",
+        default=None,
+        help="With --reroute-layers: share of the image's visual tokens each stage keeps, e.g. "
+        ".45,.45,.225,.1126.",
+    )
+    return parser
+
+
+def options_from_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The reroute options given on the command line, by their `RerouteOptions` names."""
+    return {
+        name.removeprefix(_PREFIX): value
+        for name, value in vars(args).items()
+        if name.startswith(_PREFIX) and value is not None
+    }

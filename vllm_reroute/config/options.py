@@ -1,0 +1,184 @@
+"""The reroute options a user gives, on the command line or in Python, and their checks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from vllm_reroute.config.budget import solve_keep_ratios
+from vllm_reroute.config.routing_schedule import RoutingSchedule
+from vllm_reroute.config.schedules import (
+    ACTIONS,
+    SCHEDULES,
+    TIERS,
+    PublishedSchedule,
+    scale_decision_layers,
+)
+
+NO_SCHEDULE = "none"
+DEFAULT_ACTION = "reroute"
+DEFAULT_TIER = 192
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerouteOptions:
+    """Options as given; None means not given. Errors speak of the command-line names.
+
+    schedule: a name of `SCHEDULES` or `none`. action: a name of `ACTIONS`. tier: one of `TIERS`.
+    budget: wanted average of visual tokens per layer for a 576-token image.
+    layers, keep: decision layers and keep ratios, instead of a schedule.
+    """
+
+    schedule: str | None = None
+    action: str | None = None
+    tier: int | None = None
+    budget: float | None = None
+    layers: tuple[int, ...] | None = None
+    keep: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("schedule", self.schedule, [*SCHEDULES, NO_SCHEDULE])
+        _check_choice("action", self.action, ACTIONS)
+        _check_choice("tier", self.tier, TIERS)
+        self._check_combination()
+        if self.layers is not None and self.keep is not None:
+            _check_custom(self.layers, self.keep)
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> RerouteOptions:
+        """Options of `additional_config["reroute"]`; lists may be lists, tuples or "2,7,15"."""
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ValueError(
+                    f"The reroute option {name!r} is unknown. Known options: {', '.join(known)}."
+                )
+        values = dict(given)
+        values["tier"] = _number("tier", given.get("tier"), int)
+        values["budget"] = _number("budget", given.get("budget"), float)
+        values["layers"] = _numbers("layers", given.get("layers"), int)
+        values["keep"] = _numbers("keep", given.get("keep"), float)
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The options that were given."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def active(self) -> bool:
+        """Whether these options ask for routing at all."""
+        return (self.schedule or NO_SCHEDULE) != NO_SCHEDULE or self.layers is not None
+
+    def resolve(self, num_layers: int) -> RoutingSchedule:
+        """The complete schedule for a decoder of `num_layers` layers.
+
+        Raises ValueError when the options do not fit that depth.
+        """
+        action = self.action or DEFAULT_ACTION
+        if self.layers is not None and self.keep is not None:
+            name, layers, keep = "custom", self.layers, self.keep
+            _check_depth(layers, num_layers)
+        else:
+            assert self.schedule is not None, "resolve() needs active options"
+            name, published = self.schedule, SCHEDULES[self.schedule][action]
+            layers = scale_decision_layers(published.layers, num_layers)
+            keep = self._keep_ratios(published, num_layers, layers)
+        if action == "remove":
+            keep = tuple(itertools.accumulate(keep, min))
+        return RoutingSchedule(
+            name=name, action=action, num_layers=num_layers, layers=tuple(layers), keep=tuple(keep)
+        )
+
+    def _keep_ratios(
+        self, published: PublishedSchedule, num_layers: int, layers: Sequence[int]
+    ) -> tuple[float, ...]:
+        if self.budget is not None:
+            return solve_keep_ratios(published, num_layers, layers, self.budget)
+        return published.keep[self.tier or DEFAULT_TIER]
+
+    def _check_combination(self) -> None:
+        custom = self.layers is not None or self.keep is not None
+        if (self.layers is None) != (self.keep is None):
+            raise ValueError(
+                "--reroute-layers and --reroute-keep belong together: give both, one ratio per "
+                "decision layer, or neither."
+            )
+        if self.tier is not None and self.budget is not None:
+            raise ValueError(
+                f"--reroute-tier {self.tier} and --reroute-budget {self.budget:g} exclude each "
+                "other. Give the published tier or an average of your own."
+            )
+        for name, value in (("tier", self.tier), ("budget", self.budget), ("schedule", self.schedule)):
+            if custom and value is not None:
+                raise ValueError(
+                    f"--reroute-{name} {value} has no meaning with --reroute-layers and "
+                    "--reroute-keep, which say everything. Drop one or the other."
+                )
+        extras = [n for n in ("action", "tier", "budget") if getattr(self, n) is not None]
+        if extras and not self.active:
+            raise ValueError(
+                f"--reroute-{extras[0]} {getattr(self, extras[0])} needs a schedule. Add "
+                f"--reroute-schedule with one of: {', '.join(sorted(SCHEDULES))}."
+            )
+
+
+def _check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value is not None and value not in allowed:
+        raise ValueError(
+            f"--reroute-{name} {value!r} is unknown. Choose one of: {', '.join(map(str, allowed))}."
+        )
+
+
+def _check_custom(layers: Sequence[int], keep: Sequence[float]) -> None:
+    shown = ",".join(map(str, layers))
+    if len(layers) != len(keep):
+        raise ValueError(
+            f"--reroute-layers {shown} has {len(layers)} decision layers but --reroute-keep has "
+            f"{len(keep)} ratios. Give one ratio per decision layer."
+        )
+    if not layers:
+        raise ValueError("--reroute-layers is empty. Give at least one decision layer.")
+    if layers[0] < 1 or any(b <= a for a, b in itertools.pairwise(layers)):
+        raise ValueError(
+            f"--reroute-layers {shown} must be strictly increasing and start at 1 or later "
+            "(layer 0 has nothing to score with). Example: 2,7,15,23."
+        )
+    for ratio in keep:
+        if not 0.0 < ratio <= 1.0:
+            raise ValueError(
+                f"--reroute-keep {ratio:g} is outside (0, 1]: it is the share of an image's visual "
+                "tokens a stage keeps. Example: .45,.45,.225,.1126."
+            )
+
+
+def _check_depth(layers: Sequence[int], num_layers: int) -> None:
+    if layers[-1] >= num_layers:
+        raise ValueError(
+            f"--reroute-layers {','.join(map(str, layers))} must stay below the model's "
+            f"{num_layers} decoder layers (0 to {num_layers - 1}). Lower the last one."
+        )
+
+
+def _number(name: str, value: Any, kind: type) -> Any:
+    if value is None:
+        return None
+    try:
+        number = kind(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or isinstance(value, bool) or float(number) != float(value):
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"--reroute-{name} {value!r} must be {what}.")
+    return number
+
+
+def _numbers(name: str, value: Any, kind: type) -> tuple[Any, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = [part for part in value.split(",") if part.strip()]
+    if not isinstance(value, Sequence):
+        raise ValueError(f"--reroute-{name} {value!r} must be a list, such as 2,7,15,23.")
+    return tuple(_number(name, item, kind) for item in value)

@@ -1,0 +1,94 @@
+"""The published schedules and how they scale to a model's depth.
+
+Decision layers and keep ratios are those of the Reroute paper's code (arXiv 2606.12412)
+for FastV (arXiv 2403.06764) and PyramidDrop (arXiv 2410.17247) on LLaVA-1.5-7B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Action = Literal["reroute", "remove"]
+
+ACTIONS: tuple[Action, ...] = ("reroute", "remove")
+"""What happens to a deferred visual token: it may come back, or it is gone for good."""
+
+TIERS: tuple[int, ...] = (192, 128, 64)
+"""Published budgets: nominal average of visual tokens per layer for a 576-token image."""
+
+PUBLISHED_DEPTH = 32
+"""Decoder depth the published decision layers are written for (LLaVA-1.5-7B)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedSchedule:
+    """One method with one action, as published.
+
+    layers: decision layers for a decoder of `PUBLISHED_DEPTH` layers.
+    keep: tier -> one keep ratio per decision layer, a share of the original visual tokens.
+    shape: relative keep ratios as a function of the first one, used to solve for a budget.
+    """
+
+    layers: tuple[int, ...]
+    keep: Mapping[int, tuple[float, ...]]
+    shape: Literal["flat", "geometric", "halving"]
+
+
+SCHEDULES: dict[str, dict[Action, PublishedSchedule]] = {
+    "fastv": {
+        "remove": PublishedSchedule(
+            layers=(3,),
+            keep={192: (0.2644,), 128: (0.1418,), 64: (0.01916,)},
+            shape="flat",
+        ),
+        "reroute": PublishedSchedule(
+            layers=(3, 7, 15, 23),
+            keep={192: (0.2644,) * 4, 128: (0.1418,) * 4, 64: (0.01916,) * 4},
+            shape="flat",
+        ),
+    },
+    "pdrop": {
+        "remove": PublishedSchedule(
+            layers=(2, 7, 15, 23),
+            keep={
+                192: (0.5965, 0.3558, 0.2123, 0.1266),
+                128: (0.4570, 0.2088, 0.0954, 0.0436),
+                64: (0.2789, 0.0937, 0.0315, 0.0106),
+            },
+            shape="geometric",
+        ),
+        "reroute": PublishedSchedule(
+            layers=(2, 7, 15, 23),
+            keep={
+                192: (0.4502, 0.4502, 0.2251, 0.1126),
+                128: (0.2655, 0.2655, 0.1328, 0.0664),
+                64: (0.1392, 0.1392, 0.0696, 0.0348),
+            },
+            shape="halving",
+        ),
+    },
+}
+"""name -> action -> what was published. `none` is not a schedule: it means stock vLLM."""
+
+
+def scale_decision_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Move decision layers published for 32 layers to a decoder of another depth.
+
+    The first stays where it is (early layers mix in the image at any depth), the others go to
+    floor(layer * num_layers / 32), pushed up where needed to stay strictly increasing. This
+    gives the published 28-layer positions of Qwen2.5-VL-7B exactly.
+
+    Raises ValueError when they do not fit below `num_layers`.
+    """
+    scaled = [layers[0]]
+    for layer in layers[1:]:
+        scaled.append(max(layer * num_layers // PUBLISHED_DEPTH, scaled[-1] + 1))
+    if scaled[-1] >= num_layers:
+        raise ValueError(
+            f"The schedule's decision layers {tuple(layers)} do not fit a decoder of {num_layers} "
+            f"layers: at least {layers[0] + len(layers)} are needed. Choose fewer decisions with "
+            "--reroute-layers and --reroute-keep, or a deeper model."
+        )
+    return tuple(scaled)

@@ -1,0 +1,70 @@
+"""From engine arguments with reroute options to the configuration of a routed engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_reroute.compatibility import check_arguments, check_config, check_vllm
+from vllm_reroute.config import CONFIG_KEY, RerouteOptions
+from vllm_reroute.hooks.input_processor import INPUT_PROCESSOR
+from vllm_reroute.models.architectures import RoutedArchitecture
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+logger = init_logger(__name__)
+
+SCHEDULER = "vllm_reroute.kv_cache.scheduler.routed_scheduler"
+
+
+@contextmanager
+def request_routing(engine_args: EngineArgs) -> Iterator[None]:
+    """While vLLM builds its config: ask for the routed model class and scheduler.
+
+    Raises ValueError for arguments routing cannot honour.
+    """
+    check_vllm()
+    check_arguments(engine_args)
+    INPUT_PROCESSOR.install()
+    hf_overrides, scheduler_cls = engine_args.hf_overrides, engine_args.scheduler_cls
+    engine_args.hf_overrides = RoutedArchitecture(hf_overrides)
+    engine_args.scheduler_cls = SCHEDULER
+    try:
+        yield
+    finally:
+        engine_args.hf_overrides, engine_args.scheduler_cls = hf_overrides, scheduler_cls
+
+
+def configure_routing(vllm_config: VllmConfig, options: RerouteOptions) -> VllmConfig:
+    """Complete a config built under `request_routing`: resolve the schedule for this model's depth.
+
+    Raises ValueError for a schedule or feature that does not fit.
+    """
+    num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+    schedule = options.resolve(num_layers)
+    additional: dict[str, Any] = dict(vllm_config.additional_config)
+    additional[CONFIG_KEY] = schedule.to_dict()
+    vllm_config.additional_config = additional
+    _choose_block_size(vllm_config)
+    check_config(vllm_config)
+    return vllm_config
+
+
+def _choose_block_size(vllm_config: VllmConfig) -> None:
+    """The smallest block on CPU, whose platform fixes a default before any backend is asked.
+
+    Elsewhere vLLM asks the backend, see `attention/backend.py`.
+    """
+    cache_config = vllm_config.cache_config
+    if current_platform.is_cpu() and not cache_config.user_specified_block_size:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        from vllm_reroute.attention.backend import smallest_block_size
+
+        cache_config.block_size = smallest_block_size(CPUAttentionBackend)

@@ -1,0 +1,75 @@
+"""vLLM's engine arguments: the reroute flags, and the engine configuration they lead to."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from vllm_reroute.command_line.flags import add_reroute_flags, options_from_flags
+from vllm_reroute.config import CONFIG_KEY, RerouteOptions
+from vllm_reroute.hooks.hook import Hook
+from vllm_reroute.short_names import resolve_model
+
+
+def _add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser) -> Any:
+    return add_reroute_flags(original(parser))
+
+
+def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+    given = options_from_flags(args)
+    if given:
+        _use_short_name(args)
+    engine_args = original(cls, args)
+    if given:
+        additional = engine_args.additional_config or {}
+        if CONFIG_KEY in additional:
+            raise ValueError(
+                f"--reroute-{next(iter(given))} and --additional-config with a {CONFIG_KEY!r} entry "
+                "exclude each other. Give the options one way."
+            )
+        engine_args.additional_config = {**additional, CONFIG_KEY: given}
+    return engine_args
+
+
+def _use_short_name(args: argparse.Namespace) -> None:
+    """Replace a short model name by its id, and keep answering to both."""
+    short = args.model
+    full = resolve_model(short)
+    if full != short:
+        args.model = full
+        args.served_model_name = getattr(args, "served_model_name", None) or [short, full]
+
+
+def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    given = (self.additional_config or {}).get(CONFIG_KEY)
+    if given is None:
+        return original(self, *args, **kwargs)
+    options = RerouteOptions.from_mapping(given)
+    self.model = resolve_model(self.model)
+    if not options.active:
+        self.additional_config = {k: v for k, v in self.additional_config.items() if k != CONFIG_KEY}
+        return original(self, *args, **kwargs)
+
+    from vllm_reroute.engine_config import configure_routing, request_routing
+
+    with request_routing(self):
+        vllm_config = original(self, *args, **kwargs)
+    return configure_routing(vllm_config, options)
+
+
+def _hook(method: str, parameters: tuple[str, ...], wrapper: Callable[..., Any]) -> Hook:
+    return Hook(
+        name=f"engine_args_{method}",
+        module="vllm.engine.arg_utils",
+        qualname=f"EngineArgs.{method}",
+        parameters=parameters,
+        wrapper=wrapper,
+    )
+
+
+ENGINE_ARGS = (
+    _hook("add_cli_args", ("parser",), _add_cli_args),
+    _hook("from_cli_args", ("cls", "args"), _from_cli_args),
+    _hook("create_engine_config", ("self", "usage_context", "headless"), _create_engine_config),
+)

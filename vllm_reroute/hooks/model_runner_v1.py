@@ -1,0 +1,28 @@
+"""V1 model runner: plan the step before attention metadata is built.
+
+The metadata builders see neither request ids nor prompt lengths nor image ranges, and the V1
+runner offers no hook of its own (V2 does: `ModelState.prepare_attn`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_reroute.hooks.hook import Hook
+
+
+def _build_attention_metadata(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    from vllm_reroute.runners.v1 import set_step_plan
+
+    set_step_plan(self, kwargs.get("num_scheduled_tokens"))
+    return original(self, *args, **kwargs)
+
+
+MODEL_RUNNER_V1 = Hook(
+    name="v1_build_attention_metadata",
+    module="vllm.v1.worker.gpu_model_runner",
+    qualname="GPUModelRunner._build_attention_metadata",
+    parameters=("self", "num_tokens", "num_reqs", "max_query_len"),
+    wrapper=_build_attention_metadata,
+)

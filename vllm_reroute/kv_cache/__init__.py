@@ -1,0 +1,1 @@
+"""KV cache of a routed engine: one group per keep ratio, no block for a deferred token."""

@@ -1,0 +1,1 @@
+"""Rerouted model classes, one small file per family."""

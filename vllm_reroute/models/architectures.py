@@ -1,0 +1,59 @@
+"""Which model classes can be routed, and how an engine comes to use the routed one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ROUTED_ARCHITECTURES: dict[str, str] = {
+    "LlavaForConditionalGeneration": "vllm_reroute.models.llava:RerouteLlavaForConditionalGeneration",
+}
+"""Stock architecture -> routed model class, imported by vLLM only when it is used."""
+
+
+def routed_name(architecture: str) -> str:
+    """Name under which the routed class of a stock architecture is registered."""
+    return f"Reroute{architecture}"
+
+
+class RoutedArchitecture:
+    """An `hf_overrides` that applies the user's own, then swaps in the routed architecture."""
+
+    def __init__(self, overrides: Mapping[str, Any] | Callable[..., Any] | None) -> None:
+        self.overrides = overrides
+
+    def __call__(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Raises ValueError when the model's architecture cannot be routed."""
+        if callable(self.overrides):
+            config = self.overrides(config)
+        elif self.overrides:
+            _update(config, self.overrides)
+        # vLLM also calls overrides on an empty config, to look for a changed model type.
+        architectures = getattr(config, "architectures", None) or [""]
+        if architectures[0]:
+            config.architectures = [_routed(architectures[0])]
+        return config
+
+
+def _routed(architecture: str) -> str:
+    if architecture in map(routed_name, ROUTED_ARCHITECTURES):
+        return architecture
+    if architecture not in ROUTED_ARCHITECTURES:
+        raise ValueError(
+            f"--reroute-schedule cannot route the architecture {architecture!r}. Supported: "
+            f"{', '.join(sorted(ROUTED_ARCHITECTURES))}. Serve this model without "
+            "--reroute-schedule."
+        )
+    return routed_name(architecture)
+
+
+def _update(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
+    for name, value in overrides.items():
+        nested = getattr(config, name, None)
+        if isinstance(value, Mapping) and hasattr(nested, "update"):
+            nested.update(dict(value))
+        else:
+            config.update({name: value})

@@ -1,0 +1,129 @@
+"""The plan of one engine step: lengths per keep ratio, and the image prefills to route."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from vllm_reroute.config.budget import num_kept
+from vllm_reroute.planning.visual_spans import VisualSpans
+
+
+@dataclass(frozen=True)
+class RequestRouting:
+    """What stays the same for one image request over its whole life.
+
+    spans: its visual tokens. num_prompt: prompt tokens; the last one scores.
+    deferred: [ratios] int64, visual tokens NOT kept, in the order of the schedule's ratios.
+    """
+
+    spans: VisualSpans
+    num_prompt: int
+    deferred: np.ndarray
+
+    @classmethod
+    def of(
+        cls, spans: VisualSpans | None, num_prompt: int, ratios: Sequence[float]
+    ) -> RequestRouting | None:
+        """None for a request without visual tokens."""
+        if spans is None:
+            return None
+        total = spans.num_visual
+        deferred = np.array([total - num_kept(total, r) for r in ratios], dtype=np.int64)
+        return cls(spans, num_prompt, deferred)
+
+    def num_kept(self, ratio_index: int) -> int:
+        """Visual tokens that run in stages of the ratio at `ratio_index`."""
+        return self.spans.num_visual - int(self.deferred[ratio_index])
+
+
+@dataclass(frozen=True)
+class StageLengths:
+    """Lengths all stages of one keep ratio see in this step.
+
+    query_lens: [requests] int32, tokens that run. seq_lens: [requests] int32, K/V entries held
+    once the step has written its own.
+    """
+
+    query_lens: np.ndarray
+    seq_lens: np.ndarray
+
+    @cached_property
+    def query_start_loc(self) -> np.ndarray:
+        """[requests + 1] int32."""
+        return np.concatenate(([0], np.cumsum(self.query_lens))).astype(np.int32)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.query_start_loc[-1])
+
+
+@dataclass(frozen=True)
+class ImagePrefill:
+    """One request whose visual tokens are routed in this step.
+
+    index: its row in the step's batch. start: its first token in the step's flat token axis.
+    num_tokens: its tokens in this step. routing: its lasting facts.
+    """
+
+    index: int
+    start: int
+    num_tokens: int
+    routing: RequestRouting
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step, complete before it runs. Everything here lives on the host.
+
+    lengths: keep ratio -> `StageLengths`. prefills: empty in a step that only decodes or runs
+    text; the model is then an ordinary loop over its layers.
+    """
+
+    num_reqs: int
+    num_tokens: int
+    lengths: Mapping[float, StageLengths]
+    prefills: tuple[ImagePrefill, ...]
+
+
+def plan_step(
+    num_computed: np.ndarray,
+    num_scheduled: np.ndarray,
+    routings: Sequence[RequestRouting | None],
+    ratios: Sequence[float],
+) -> StepPlan:
+    """Plan a step from the batch's token counts.
+
+    num_computed, num_scheduled: [requests], tokens computed before and scheduled now.
+    routings: one per request, None for text-only ones. ratios: `RoutingSchedule.ratios`.
+
+    An image prompt is scheduled whole (see `kv_cache/scheduler.py`), so a step runs either all
+    visual tokens of a request or none of them.
+    """
+    num_reqs = len(routings)
+    seq_lens = num_computed + num_scheduled
+    starts = np.concatenate(([0], np.cumsum(num_scheduled)))
+    held = np.zeros((num_reqs, len(ratios)), dtype=np.int64)
+    skipped = np.zeros_like(held)
+    prefills = []
+    for i, routing in enumerate(routings):
+        if routing is None or seq_lens[i] <= routing.spans.first:
+            continue
+        held[i] = routing.deferred
+        if num_computed[i] < routing.spans.end:
+            assert num_computed[i] == 0 and seq_lens[i] >= routing.num_prompt, (
+                "an image prompt was not scheduled whole"
+            )
+            skipped[i] = routing.deferred
+            prefills.append(ImagePrefill(i, int(starts[i]), int(num_scheduled[i]), routing))
+    lengths = {
+        ratio: StageLengths(
+            query_lens=(num_scheduled - skipped[:, g]).astype(np.int32),
+            seq_lens=(seq_lens - held[:, g]).astype(np.int32),
+        )
+        for g, ratio in enumerate(ratios)
+    }
+    return StepPlan(num_reqs, int(starts[-1]), lengths, tuple(prefills))

@@ -1,0 +1,23 @@
+"""Entry point of the `vllm.general_plugins` group: what is registered with vLLM."""
+
+from __future__ import annotations
+
+from vllm_reroute.hooks.engine_args import ENGINE_ARGS
+from vllm_reroute.models.architectures import ROUTED_ARCHITECTURES, routed_name
+
+
+def register() -> None:
+    """Make the flags and the routed architectures known; safe to call in every process, twice.
+
+    Nothing changes for an engine without reroute options: the architectures have names of their
+    own, and the KV cache spec is only used by their layers.
+    """
+    from vllm import ModelRegistry
+
+    from vllm_reroute.kv_cache.registration import register_routed_spec
+
+    register_routed_spec()
+    for architecture, model_class in ROUTED_ARCHITECTURES.items():
+        ModelRegistry.register_model(routed_name(architecture), model_class)
+    for hook in ENGINE_ARGS:
+        hook.install()

@@ -1,0 +1,69 @@
+"""Index tensors over the image prompts of a step, in the token layout a decision sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_reroute.planning.step_plan import StepPlan
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Image prompts in a token layout: that of the whole step, or of the stage before.
+
+    rows: [P] int64, the layout's rows of all prompt tokens, request by request.
+    slots: [P] int64, the same tokens in a padded [requests, width] table, flattened.
+    last: [requests] int64, the layout's row of each last prompt token, which scores.
+    lens: prompt tokens present per request. num_rows: rows of the layout.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    last: torch.Tensor
+    lens: tuple[int, ...]
+    num_rows: int
+
+    @property
+    def width(self) -> int:
+        return max(self.lens)
+
+    @classmethod
+    def of(cls, plan: StepPlan, keep_ratio: float, ratio_index: int, device: torch.device) -> PromptRows:
+        """Prompts as laid out in a stage of `keep_ratio` (1.0: all tokens of the step)."""
+        lengths = plan.lengths[keep_ratio]
+        starts = [int(lengths.query_start_loc[p.index]) for p in plan.prefills]
+        lens = tuple(
+            p.routing.num_prompt - int(p.routing.deferred[ratio_index]) for p in plan.prefills
+        )
+        width = max(lens)
+        rows = [np.arange(start, start + n) for start, n in zip(starts, lens, strict=True)]
+        slots = [np.arange(i * width, i * width + n) for i, n in enumerate(lens)]
+        last = [start + n - 1 for start, n in zip(starts, lens, strict=True)]
+        packed = np.concatenate((*rows, *slots, last)).astype(np.int64)
+        tensor = to_device(packed, device)
+        total = sum(lens)
+        return cls(
+            rows=tensor[:total],
+            slots=tensor[total : 2 * total],
+            last=tensor[2 * total :],
+            lens=lens,
+            num_rows=lengths.num_tokens,
+        )
+
+
+def visual_mask(plan: StepPlan, device: torch.device) -> torch.Tensor:
+    """bool [tokens]: the visual tokens routed in this step."""
+    mask = np.zeros(plan.num_tokens, dtype=bool)
+    for prefill in plan.prefills:
+        prompt = slice(prefill.start, prefill.start + prefill.num_tokens)
+        mask[prompt] = prefill.routing.spans.mask(prefill.num_tokens)
+    return to_device(mask, device)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy a host array without waiting for the device."""
+    host = torch.from_numpy(array)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,98 @@
+"""How much the last prompt token attends to each visual token."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+from vllm_reroute.routing.prompt_rows import PromptRows
+
+
+def last_prompt_row(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention of the last prompt token to each key, summed over heads (FastV, PDrop).
+
+    query: [heads, dim]; keys: [tokens, kv_heads, dim]. Returns [tokens], fp32; higher is kept.
+    """
+    num_kv_heads, dim = keys.shape[1:]
+    grouped = query.view(num_kv_heads, -1, dim).float()
+    logits = torch.bmm(grouped, keys.permute(1, 2, 0).float()) * scale
+    return logits.softmax(dim=-1).sum(dim=(0, 1))
+
+
+class LastTokenScorer:
+    """Scores the visual tokens of a step's image prompts at one decision layer.
+
+    Works on the decision layer's own input: RMSNorm, q of the last prompt token, k of every
+    prompt token present, rope, per-head softmax over these keys, mean over all heads.
+    One row per request; never a map over queries.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.norm = layer.input_layernorm
+        self.attention = layer.self_attn
+        self.num_heads = get_tp_group().world_size * self.attention.num_heads
+        self._key_weight: torch.Tensor | None = None
+        self._key_bias: torch.Tensor | None = None
+
+    def take_key_weights(self) -> None:
+        """Remember the key rows of the fused projection; call when weights have been loaded.
+
+        Only unquantised weights can be sliced; others use the whole fused projection. On CPU the
+        rows are copied, because vLLM repacks the weight and drops the original.
+        """
+        projection = self.attention.qkv_proj
+        if not isinstance(projection.quant_method, UnquantizedLinearMethod):
+            return
+        q, kv = self.attention.q_size, self.attention.kv_size
+        rows = slice(q, q + kv)
+        weight, bias = projection.weight, getattr(projection, "bias", None)
+        copied = weight.device.type == "cpu"
+        self._key_weight = weight.detach()[rows].clone() if copied else weight.detach()[rows]
+        if bias is not None:
+            self._key_bias = bias.detach()[rows].clone() if copied else bias.detach()[rows]
+
+    def score(
+        self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
+    ) -> torch.Tensor:
+        """Scores of all prompt tokens, fp32 [requests, width]; 0 past a prompt's end.
+
+        stream: [rows, hidden], the residual stream at the layer's input. positions: [rows] or
+        [3, rows]. The same on every tensor-parallel rank.
+        """
+        queries = self._queries(stream[prompts.last], positions[..., prompts.last])
+        keys = self._keys(stream[prompts.rows], positions[..., prompts.rows])
+        scores = stream.new_zeros(len(prompts.lens), prompts.width, dtype=torch.float32)
+        for i, prompt_keys in enumerate(keys.split(prompts.lens)):
+            scores[i, : prompts.lens[i]] = last_prompt_row(
+                queries[i], prompt_keys, self.attention.scaling
+            )
+        tp_group = get_tp_group()
+        if tp_group.world_size > 1:
+            # Ranks must choose alike: rank 0's sum decides, whatever the reduction's rounding.
+            scores = tp_group.broadcast(tp_group.all_reduce(scores), src=0)
+        return scores / self.num_heads
+
+    def _queries(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        attention = self.attention
+        fused, _ = attention.qkv_proj(self.norm(states))
+        queries = fused[:, : attention.q_size].contiguous()
+        queries, _ = attention.rotary_emb(positions, queries, self._one_head(states))
+        return queries.view(len(states), -1, attention.head_dim)
+
+    def _keys(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        attention, normed = self.attention, self.norm(states)
+        if self._key_weight is not None:
+            keys = nn.functional.linear(normed, self._key_weight, self._key_bias)
+        else:
+            fused, _ = attention.qkv_proj(normed)
+            first = attention.q_size
+            keys = fused[:, first : first + attention.kv_size].contiguous()
+        _, keys = attention.rotary_emb(positions, self._one_head(states), keys)
+        return keys.view(len(states), -1, attention.head_dim)
+
+    def _one_head(self, states: torch.Tensor) -> torch.Tensor:
+        # Rotary embeddings take queries and keys together; the other side is not needed.
+        return states.new_zeros(len(states), self.attention.head_dim)
