@@ -2,20 +2,143 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
+PLAIN_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+ALLOWED_CUDAGRAPH_MODES = ("NONE", "FULL_DECODE_ONLY")
 
-def check_vllm() -> None:
-    pass
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """One engine argument routing cannot honour.
+
+    option: the field of `EngineArgs`. allowed: shown to the user. accepts: whether a value is
+    fine. cure: what to do instead. why: one clause.
+    """
+
+    option: str
+    allowed: str
+    accepts: Callable[[Any], bool]
+    why: str
+    cure: str = "Leave it out"
+
+    def check(self, engine_args: EngineArgs) -> None:
+        """Raises ValueError naming option, value, what is allowed and the cure."""
+        value = getattr(engine_args, self.option)
+        if not self.accepts(value):
+            raise ValueError(
+                f"--{self.option.replace('_', '-')} {_shown(value)} cannot be combined with "
+                f"visual-token routing: {self.why}. Allowed: {self.allowed}. {self.cure}, or serve "
+                "without --reroute-schedule."
+            )
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _only(option: str, value: Any, why: str, cure: str = "Leave it out") -> Refusal:
+    return Refusal(
+        option=option, allowed=str(value), accepts=lambda v: v == value, why=why, cure=cure
+    )
+
+
+def _unset(option: str, why: str) -> Refusal:
+    return Refusal(option=option, allowed="unset", accepts=lambda v: not v, why=why)
+
+
+REFUSALS = (
+    _only("pipeline_parallel_size", 1, "a stage's deferred tokens live on one pipeline rank"),
+    _only("decode_context_parallel_size", 1, "routed K/V is not sharded over positions"),
+    _only("prefill_context_parallel_size", 1, "a decision needs the whole prompt on one rank"),
+    _unset("speculative_config", "draft tokens would need stages of their own"),
+    _unset("kv_transfer_config", "K/V of a stage is not addressed by prompt position"),
+    _unset("kv_events_config", "K/V of a stage is not addressed by prompt position"),
+    _unset("kv_offloading_size", "K/V of a stage is not addressed by prompt position"),
+    _unset("ec_transfer_config", "image prompts are scheduled whole"),
+    _unset("enable_dbo", "a decision cannot be split over two micro-batches"),
+    _only("ubatch_size", 0, "a decision cannot be split over micro-batches"),
+    _unset("disable_hybrid_kv_cache_manager", "every keep ratio is a KV cache group of its own"),
+    _unset("kv_sharing_fast_prefill", "deferred tokens already skip layers"),
+    _unset("enable_lora", "scoring reads the key projection without adapters"),
+    _unset("enable_prompt_embeds", "it is untested"),
+    _unset("enable_mm_embeds", "it is untested"),
+    _unset(
+        "long_prefill_token_threshold",
+        "a prompt with images runs in one step, whatever its length",
+    ),
+    _unset("quantization", "routing on quantised weights is untested"),
+    _unset("scheduler_cls", "routing brings its own scheduler"),
+    Refusal(
+        option="runner",
+        allowed="auto, generate",
+        accepts=lambda v: v in ("auto", "generate"),
+        why="only text generation is routed",
+    ),
+    Refusal(
+        option="kv_cache_dtype",
+        allowed=", ".join(PLAIN_CACHE_DTYPES),
+        accepts=lambda v: v in PLAIN_CACHE_DTYPES,
+        why="a quantised KV cache is untested",
+    ),
+)
+"""Checked in this order before vLLM builds its config."""
 
 
 def check_arguments(engine_args: EngineArgs) -> None:
-    pass
+    """Refuse engine arguments routing cannot honour. Raises ValueError."""
+    for refusal in REFUSALS:
+        refusal.check(engine_args)
+    mode = getattr(engine_args.compilation_config, "cudagraph_mode", None)
+    if mode is not None and mode.name not in ALLOWED_CUDAGRAPH_MODES:
+        raise ValueError(
+            f"--compilation-config with cudagraph_mode {mode.name} cannot be combined with "
+            "visual-token routing: the tokens of an image prefill differ from stage to stage. "
+            f"Allowed: {', '.join(ALLOWED_CUDAGRAPH_MODES)}. Leave it out to get "
+            "FULL_DECODE_ONLY where CUDA graphs are available."
+        )
 
 
 def check_config(vllm_config: VllmConfig) -> None:
-    pass
+    """Refuse what only the finished config shows. Raises ValueError."""
+    if vllm_config.model_config.quantization is not None:
+        raise ValueError(
+            f"The checkpoint is quantised with {vllm_config.model_config.quantization!r}, which "
+            "visual-token routing has not been tested with. Allowed: unquantised weights. Use an "
+            "unquantised checkpoint, or serve without --reroute-schedule."
+        )
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise ValueError(
+            "vLLM has switched its hybrid KV cache manager off for this configuration, but every "
+            "keep ratio is a KV cache group of its own. Remove the option that vLLM's log names "
+            "for it, or serve without --reroute-schedule."
+        )
+    _check_image_fits_one_step(vllm_config)
+
+
+def _check_image_fits_one_step(vllm_config: VllmConfig) -> None:
+    budget = vllm_config.scheduler_config.max_num_batched_tokens
+    if budget >= vllm_config.model_config.max_model_len:
+        return
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    model_config = vllm_config.model_config
+    processor = MULTIMODAL_REGISTRY.create_processor(model_config)
+    tokens = processor.info.get_mm_max_tokens_per_item(
+        seq_len=model_config.max_model_len, mm_counts={"image": 1}
+    )
+    needed = (tokens or {}).get("image", 0) + 1
+    if needed > budget:
+        raise ValueError(
+            f"--max-num-batched-tokens {budget} is too small for visual-token routing: a prompt "
+            f"with images runs in one step, and one image of this model takes up to {needed - 1} "
+            f"tokens. Allowed: more than {needed - 1}, plus room for the text; {2 * needed} is a "
+            "good start."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_reroute.compatibility import check_arguments, check_config, check_vllm
+from vllm_reroute.compatibility import check_arguments, check_config
 from vllm_reroute.config import CONFIG_KEY, RerouteOptions
 from vllm_reroute.hooks.input_processor import INPUT_PROCESSOR
+from vllm_reroute.hooks.seams import check_vllm
 from vllm_reroute.models.architectures import RoutedArchitecture
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import CompilationConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 logger = init_logger(__name__)
@@ -32,13 +34,28 @@ def request_routing(engine_args: EngineArgs) -> Iterator[None]:
     check_vllm()
     check_arguments(engine_args)
     INPUT_PROCESSOR.install()
-    hf_overrides, scheduler_cls = engine_args.hf_overrides, engine_args.scheduler_cls
-    engine_args.hf_overrides = RoutedArchitecture(hf_overrides)
-    engine_args.scheduler_cls = SCHEDULER
+    wanted = {
+        "hf_overrides": RoutedArchitecture(engine_args.hf_overrides),
+        "scheduler_cls": SCHEDULER,
+        "compilation_config": _compilation(engine_args.compilation_config),
+    }
+    given = {name: getattr(engine_args, name) for name in wanted}
+    vars(engine_args).update(wanted)
     try:
         yield
     finally:
-        engine_args.hf_overrides, engine_args.scheduler_cls = hf_overrides, scheduler_cls
+        vars(engine_args).update(given)
+
+
+def _compilation(given: CompilationConfig) -> CompilationConfig:
+    """CUDA graphs for decode steps only: an image prefill has other tokens in every stage."""
+    if not current_platform.is_cuda_alike() or given.cudagraph_mode is not None:
+        return given
+    from vllm.config import CUDAGraphMode
+
+    compilation = copy.deepcopy(given)
+    compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+    return compilation
 
 
 def configure_routing(vllm_config: VllmConfig, options: RerouteOptions) -> VllmConfig:

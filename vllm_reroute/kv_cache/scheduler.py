@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_reroute.kv_cache.manager import RoutedAttentionManager
 from vllm_reroute.planning.visual_spans import visual_spans
+from vllm_reroute.report import engine_report
+
+logger = init_logger(__name__)
 
 
 class RoutedSchedulerMixin:
@@ -26,6 +30,7 @@ class RoutedSchedulerMixin:
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             assert isinstance(manager, RoutedAttentionManager), type(manager)
             manager.requests = self.requests
+        logger.info("%s", engine_report(self.vllm_config, self.kv_cache_config))
 
     def add_request(self, request: Request) -> None:
         if visual_spans(request) is not None:

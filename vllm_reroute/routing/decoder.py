@@ -19,7 +19,7 @@ from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
 from vllm_reroute.routing.prompt_rows import PromptRows, visual_mask
 from vllm_reroute.routing.scoring import LastTokenScorer
 from vllm_reroute.routing.selection import select_rows
-from vllm_reroute.routing.stage import DecoderStage
+from vllm_reroute.routing.stage import build_stage
 
 
 @dataclass
@@ -59,7 +59,7 @@ class RoutedDecoder(nn.Module):
         self._first_attention: RoutedAttention = layers[0].self_attn.attn
         # In tuples: these modules belong to the language model and load their weights there.
         self._stages = tuple(
-            DecoderStage(layers[stage.first_layer : stage.end_layer])
+            build_stage(layers[stage.first_layer : stage.end_layer], stage, vllm_config)
             for stage in self.schedule.stages
         )
         self._scorers = tuple(LastTokenScorer(layers[first]) for first in self.schedule.layers)

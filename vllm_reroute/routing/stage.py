@@ -1,4 +1,4 @@
-"""Decoder layers between two decisions, run as one piece."""
+"""Decoder layers between two decisions, run and compiled as one piece."""
 
 from __future__ import annotations
 
@@ -7,17 +7,45 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
 
-class DecoderStage:
-    """Consecutive decoder layers, all on the same tokens."""
+from vllm_reroute.config import Stage
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self.layers = tuple(layers)
 
-    def __call__(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+def build_stage(layers: Sequence[nn.Module], stage: Stage, vllm_config: VllmConfig) -> nn.Module:
+    """A module that runs `layers`, all of them on the same tokens.
+
+    Called as `(positions, hidden_states, residual)` with [tokens] or [3, tokens] positions and
+    the [tokens, hidden] pair vLLM's decoder layers hand on; residual is None for the model's
+    first stage, and for that one only: vLLM compiles a module once and drops the guards.
+    """
+    name = f"Layers{stage.first_layer}To{stage.end_layer}"
+
+    def forward(
+        self: nn.Module,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden_states, residual: [tokens, hidden], the pair vLLM's decoder layers hand on."""
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual)
         return hidden_states, residual
+
+    # Compiled code is cached by class, code object and qualified name: each stage needs its own.
+    forward.__qualname__ = f"{name}.forward"
+    forward.__code__ = forward.__code__.replace(co_name="forward", co_qualname=f"{name}.forward")
+    stage_class = type(name, (_DecoderStage,), {"forward": forward, "__module__": __name__})
+    compiled_class = support_torch_compile(
+        dynamic_arg_dims={"positions": -1, "hidden_states": 0, "residual": 0}
+    )(stage_class)
+    with set_model_tag(f"reroute_{name}"):
+        return compiled_class(layers, vllm_config=vllm_config)
+
+
+class _DecoderStage(nn.Module):
+    def __init__(self, layers: Sequence[nn.Module], *, vllm_config: VllmConfig) -> None:
+        super().__init__()
+        # A tuple: the layers stay the language model's modules, whose weights load there.
+        self.layers = tuple(layers)

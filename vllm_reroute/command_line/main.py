@@ -1,0 +1,106 @@
+"""The `vllm-reroute` command: look at schedules without starting an engine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vllm_reroute.command_line.flags import add_reroute_flags, options_from_flags
+from vllm_reroute.config.options import RerouteOptions
+from vllm_reroute.config.schedules import SCHEDULES, TIERS
+from vllm_reroute.kv_cache.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
+from vllm_reroute.short_names import SHORT_NAMES, resolve_model
+
+EXAMPLE = "vllm-reroute plan --model llava-1.5 --reroute-schedule pdrop --reroute-tier 64"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code; a user's mistake is one line on standard error and code 2."""
+    args = _parser().parse_args(argv)
+    try:
+        for line in args.run(args):
+            print(line)
+    except (ValueError, OSError) as error:
+        print(f"vllm-reroute: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-reroute", description="Look at visual-token routing schedules for vLLM."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    plan = commands.add_parser(
+        "plan",
+        help="what a schedule keeps of a model's image tokens, and the KV cache it needs",
+        description="Print what a schedule does to a model, without starting an engine.",
+        epilog=f"example: {EXAMPLE}",
+    )
+    plan.add_argument("--model", required=True, help="model id, local folder or short name")
+    plan.add_argument(
+        "--block-size", type=int, default=16, help="tokens per KV cache block (default: 16)"
+    )
+    plan.add_argument(
+        "--text-tokens",
+        type=int,
+        default=TYPICAL_TEXT_TOKENS,
+        help=f"text tokens of the request (default: {TYPICAL_TEXT_TOKENS})",
+    )
+    add_reroute_flags(plan)
+    plan.set_defaults(run=_plan)
+    schedules = commands.add_parser("schedules", help="published schedules, tiers and short names")
+    schedules.set_defaults(run=_schedules)
+    return parser
+
+
+def _plan(args: argparse.Namespace) -> list[str]:
+    from transformers import AutoConfig
+
+    from vllm_reroute.models.visual_tokens import visual_tokens_per_image
+    from vllm_reroute.report import footprint_lines, schedule_lines
+
+    options = RerouteOptions.from_mapping(options_from_flags(args))
+    if not options.active:
+        raise ValueError(f"nothing to plan: give --reroute-schedule. Example: {EXAMPLE}")
+    model = resolve_model(args.model)
+    config = AutoConfig.from_pretrained(model)
+    text = config.get_text_config()
+    schedule = options.resolve(text.num_hidden_layers)
+    num_visual = visual_tokens_per_image(config)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # Like vLLM, which serves float32 checkpoints in a 16-bit type unless told otherwise.
+    bytes_per_value = 2
+    footprint = RequestFootprint(
+        schedule=schedule,
+        num_visual=num_visual,
+        num_text=args.text_tokens,
+        bytes_per_token=2 * text.num_key_value_heads * head_dim * bytes_per_value,
+        block_size=args.block_size,
+    )
+    return [
+        f"model             {model}",
+        *schedule_lines(schedule, num_visual),
+        "",
+        *footprint_lines(footprint),
+        "  (16-bit K/V, one device)",
+    ]
+
+
+def _schedules(_: argparse.Namespace) -> list[str]:
+    lines = ["Published schedules for a 32-layer decoder; other depths are scaled.", ""]
+    lines.append("schedule  action   tier  decision layers  keep ratios            average of 576")
+    for name, actions in SCHEDULES.items():
+        for action, published in actions.items():
+            for tier in TIERS:
+                schedule = RerouteOptions(schedule=name, action=action, tier=tier).resolve(32)
+                layers = ",".join(map(str, published.layers))
+                keep = ",".join(f"{r:g}" for r in published.keep[tier])
+                lines.append(
+                    f"{name:<8}  {action:<7}  {tier:>4}  {layers:<15}  {keep:<28} "
+                    f"{schedule.average():>8.1f}"
+                )
+    lines += ["", "none      serve without routing", "", "Short model names:"]
+    lines += [f"  {short:<14} {full}" for short, full in SHORT_NAMES.items()]
+    return lines

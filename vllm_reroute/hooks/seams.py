@@ -1,0 +1,96 @@
+"""Private parts of vLLM that routing overrides or relies on, checked when routing is asked for."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import reduce
+from importlib import import_module
+
+TESTED_VERSION = "0.32"
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A function, method or class of vLLM and the leading parameters it was tested with."""
+
+    module: str
+    qualname: str
+    parameters: tuple[str, ...]
+
+    def problem(self) -> str | None:
+        """What differs from the tested version, or None."""
+        try:
+            target = reduce(getattr, self.qualname.split("."), import_module(self.module))
+        except (ImportError, AttributeError):
+            return f"{self.module}.{self.qualname} is gone"
+        found = tuple(inspect.signature(target).parameters)[: len(self.parameters)]
+        if found != self.parameters:
+            return f"{self.module}.{self.qualname} takes {found} instead of {self.parameters}"
+        return None
+
+
+SEAMS = (
+    Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler._try_schedule_encoder_inputs",
+        ("self", "request", "num_computed_tokens", "num_new_tokens", "encoder_compute_budget"),
+    ),
+    Seam("vllm.v1.core.sched.scheduler", "Scheduler.add_request", ("self", "request")),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager.get_num_blocks_to_allocate",
+        ("self", "request_id", "num_tokens", "new_computed_blocks"),
+    ),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager.allocate_new_blocks",
+        ("self", "request_id", "num_tokens", "num_tokens_main_model"),
+    ),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager.add_local_computed_blocks",
+        ("self", "request_id", "new_computed_blocks"),
+    ),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager.cache_blocks",
+        ("self", "request", "num_tokens", "retention_interval", "replay_boundaries"),
+    ),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager.find_longest_cache_hit",
+        ("block_hashes", "max_length", "kv_cache_group_ids", "block_pool", "kv_cache_spec"),
+    ),
+    Seam("vllm.v1.core.single_type_kv_cache_manager", "register_all_kvcache_specs", ("vllm_config",)),
+    Seam(
+        "vllm.v1.core.block_pool",
+        "BlockPool.cache_full_blocks",
+        ("self", "request", "blocks", "num_cached_blocks", "num_full_blocks", "block_size"),
+    ),
+    Seam(
+        "vllm.model_executor.layers.attention",
+        "Attention.get_kv_cache_spec",
+        ("self", "vllm_config"),
+    ),
+    Seam(
+        "vllm.v1.attention.backend",
+        "subclass_attention_backend_with_overrides",
+        ("name_prefix", "attention_backend_cls", "overrides"),
+    ),
+)
+
+
+def check_vllm() -> None:
+    """Raises RuntimeError unless this vLLM is the tested version with the expected private parts."""
+    import vllm
+
+    problems = [problem for seam in SEAMS if (problem := seam.problem())]
+    if not vllm.__version__.startswith(f"{TESTED_VERSION}."):
+        problems.insert(0, f"the version is {vllm.__version__}")
+    if problems:
+        raise RuntimeError(
+            f"vllm_reroute is tested with vLLM {TESTED_VERSION}.*, but in this installation "
+            f"{'; '.join(problems)}. Install the tested version: pip install "
+            f"'vllm=={TESTED_VERSION}.*'."
+        )
