@@ -21,7 +21,15 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     spans = VisualSpans.of(request.mm_features or ())
     if spans is None:
         return
-    _check_fits_one_step(len(request.prompt_token_ids or ()), vllm_config)
+    num_prompt = len(request.prompt_token_ids or ())
+    _check_fits_one_step(num_prompt, vllm_config)
+    if spans.end >= num_prompt:
+        raise VLLMValidationError(
+            "The prompt ends with an image. Visual-token routing scores images by the prompt's last "
+            "token, which must be text. Put the question after the image, or add any text there.",
+            parameter="prompt",
+            value=num_prompt,
+        )
     params = request.sampling_params
     if params is not None and params.prompt_logprobs is not None:
         raise VLLMValidationError(

@@ -1,0 +1,65 @@
+"""The oracle's answers to test requests, computed once per schedule and request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoProcessor
+
+from tests.engine.requests import Answer, Ask
+from tests.oracle import OracleResult, RoutedOracle
+from vllm_reroute.config import RoutingSchedule
+
+LOGPROB_TOLERANCE = 1e-4
+
+
+class OracleAnswers:
+    """Oracles by model and schedule."""
+
+    def __init__(self, models: dict[str, Path]) -> None:
+        self._models = models
+        self._oracles: dict[Any, RoutedOracle] = {}
+        self._results: dict[Any, OracleResult] = {}
+
+    def result(self, model: str, schedule: RoutingSchedule, ask: Ask, prompt: list[int]) -> OracleResult:
+        """prompt: the token ids the engine saw, placeholders expanded."""
+        key = (model, schedule.action, schedule.layers, schedule.keep)
+        if key not in self._oracles:
+            self._oracles[key] = RoutedOracle(
+                self._models[model], action=schedule.action, layers=schedule.layers, keep=schedule.keep
+            )
+        request = (key, ask.text, ask.images, tuple(prompt))
+        if request not in self._results:
+            pixels = None
+            if ask.images:
+                processor = AutoProcessor.from_pretrained(self._models[model])
+                pixels = processor.image_processor(ask.pictures(), return_tensors="pt")["pixel_values"]
+            self._results[request] = self._oracles[key].run(prompt, pixels, ask.max_tokens)
+        return self._results[request]
+
+    def check(self, model: str, schedule: RoutingSchedule, ask: Ask, answer: Answer) -> OracleResult:
+        """Tokens, log-probabilities, decisions and the oracle's own K/V lengths."""
+        result = self.result(model, schedule, ask, answer.prompt_token_ids)
+        assert answer.token_ids == result.token_ids
+        for step, logprobs in enumerate(answer.logprobs):
+            for token, logprob in logprobs.items():
+                expected = result.logprobs[step, token].item()
+                assert abs(logprob - expected) < LOGPROB_TOLERANCE, (step, token, logprob, expected)
+        if ask.images:
+            assert answer.selected == result.selected
+        self._check_oracle_lengths(schedule, ask, answer, result)
+        return result
+
+    def _check_oracle_lengths(
+        self, schedule: RoutingSchedule, ask: Ask, answer: Answer, result: OracleResult
+    ) -> None:
+        """The oracle routed at all: text + k entries in every layer."""
+        visual = len(torch.as_tensor(result.scores[0])) if ask.images else 0
+        text = len(answer.prompt_token_ids) - visual + len(answer.token_ids) - 1
+        kept = schedule.kept_per_stage(visual)
+        expected = [
+            text + k for stage, k in zip(schedule.stages, kept, strict=True) for _ in range(stage.num_layers)
+        ]
+        assert result.kv_lens == expected

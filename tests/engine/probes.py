@@ -1,0 +1,82 @@
+"""Functions that run inside the engine's process, see `host.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tests.engine.requests import Answer, Ask
+
+
+def generate(llm: Any, asks: Sequence[Ask]) -> list[Answer]:
+    """Answer all requests in one batch, recording what each decision kept."""
+    with recorded_decisions() as decisions:
+        outputs = llm.generate(
+            [ask.prompt() for ask in asks], [ask.sampling_params() for ask in asks], use_tqdm=False
+        )
+    return [_answer(output, decisions) for output in outputs]
+
+
+def generate_one_by_one(llm: Any, asks: Sequence[Ask]) -> list[Answer]:
+    """Answer each request alone."""
+    return [generate(llm, [ask])[0] for ask in asks]
+
+
+def _answer(output: Any, decisions: dict[int, list[list[int]]]) -> Answer:
+    completion = output.outputs[0]
+    steps = completion.logprobs or []
+    return Answer(
+        prompt_token_ids=list(output.prompt_token_ids),
+        token_ids=list(completion.token_ids),
+        logprobs=[{token: entry.logprob for token, entry in step.items()} for step in steps],
+        selected=decisions.get(len(output.prompt_token_ids), []),
+    )
+
+
+@contextmanager
+def recorded_decisions() -> Iterator[dict[int, list[list[int]]]]:
+    """Prompt length -> kept visual tokens per decision, of the last prefill of that length."""
+    from vllm_reroute.routing.decoder import RoutedDecoder, RunningTokens
+
+    decisions: dict[int, list[list[int]]] = {}
+    plans: list[Any] = []
+    take, run_routed = RunningTokens.take, RoutedDecoder._run_routed
+
+    def recording_run(self: Any, hidden_states: Any, positions: Any, plan: Any) -> Any:
+        plans.append(plan)
+        for prefill in plan.prefills:
+            decisions[prefill.routing.num_prompt] = []
+        return run_routed(self, hidden_states, positions, plan)
+
+    def recording_take(self: Any, rows: Any) -> Any:
+        taken = take(self, rows)
+        visual_rows = taken.rows[taken.visual].tolist()
+        for prefill in plans[-1].prefills:
+            mask = prefill.routing.spans.mask(prefill.num_tokens)
+            places = {prefill.start + p: n for n, p in enumerate(mask.nonzero()[0].tolist())}
+            kept = [places[row] for row in visual_rows if row in places]
+            decisions[prefill.routing.num_prompt].append(kept)
+        return taken
+
+    RunningTokens.take, RoutedDecoder._run_routed = recording_take, recording_run
+    try:
+        yield decisions
+    finally:
+        RunningTokens.take, RoutedDecoder._run_routed = take, run_routed
+
+
+def scheduler_of(llm: Any) -> Any:
+    """The engine core's scheduler."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def free_blocks(llm: Any) -> int:
+    return scheduler_of(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def runner_name(llm: Any) -> str:
+    """`V1` or `V2`."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    worker = executor.driver_worker.worker
+    return "V2" if worker.use_v2_model_runner else "V1"

@@ -1,0 +1,73 @@
+"""Routed engines answer exactly as the plain-transformers oracle, on both model runners."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.engine.conftest import engine_args
+from tests.engine.host import EngineHost
+from tests.engine.oracle_answers import OracleAnswers
+from tests.engine.probes import generate, generate_one_by_one, runner_name
+from tests.engine.requests import MIXED
+from vllm_reroute.config import RerouteOptions
+
+DEPTH = 8
+
+PUBLISHED = [
+    {"schedule": schedule, "action": action, "tier": tier}
+    for schedule in ("fastv", "pdrop")
+    for action in ("remove", "reroute")
+    for tier in (192, 128, 64)
+]
+CUSTOM = [
+    # The ratio falls and rises again.
+    {"layers": [1, 3, 6], "keep": [0.5, 0.1, 0.8]},
+    {"layers": [1, 3, 6], "keep": [0.5, 0.1, 0.8], "action": "remove"},
+    # Equal ratios share a KV cache group, also with the dense stage.
+    {"layers": [2, 4, 6], "keep": [0.3, 1.0, 0.3]},
+    # One layer, then five.
+    {"layers": [1, 2, 7], "keep": [0.7, 0.25, 0.02]},
+    {"schedule": "pdrop", "budget": 120},
+]
+
+
+def label(options: dict[str, Any]) -> str:
+    return "-".join(str(v).replace(" ", "") for v in options.values())
+
+
+# Both fp32 checks of one schedule share an engine; the oracle's answers serve both runners.
+@pytest.mark.parametrize("options", [*PUBLISHED, *CUSTOM], ids=label)
+def test_schedule_agrees_with_oracle(
+    host: EngineHost, models: Any, oracles: OracleAnswers, options: dict[str, Any]
+) -> None:
+    schedule = RerouteOptions.from_mapping(options).resolve(DEPTH)
+    host.engine(**engine_args(models["grouped"], options))
+    answers = host.call(generate, MIXED)
+    for ask, answer in zip(MIXED, answers, strict=True):
+        oracles.check("grouped", schedule, ask, answer)
+
+
+def test_multi_head_attention_agrees_with_oracle(
+    host: EngineHost, models: Any, oracles: OracleAnswers
+) -> None:
+    options = {"schedule": "pdrop", "tier": 128}
+    schedule = RerouteOptions.from_mapping(options).resolve(DEPTH)
+    host.engine(**engine_args(models["multi-head"], options))
+    for ask, answer in zip(MIXED, host.call(generate, MIXED), strict=True):
+        oracles.check("multi-head", schedule, ask, answer)
+
+
+def test_batch_does_not_change_an_answer(host: EngineHost, models: Any) -> None:
+    host.engine(**engine_args(models["grouped"], {"schedule": "pdrop", "tier": 64}))
+    together, alone = host.call(generate, MIXED), host.call(generate_one_by_one, MIXED)
+    for one, other in zip(together, alone, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.selected == other.selected
+
+
+def test_each_host_runs_its_model_runner(v1: EngineHost, v2: EngineHost, models: Any) -> None:
+    for runner, name in ((v1, "V1"), (v2, "V2")):
+        runner.engine(**engine_args(models["grouped"], {"schedule": "pdrop", "tier": 64}))
+        assert runner.call(runner_name) == name

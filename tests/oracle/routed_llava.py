@@ -1,0 +1,210 @@
+"""FastV/PDrop removal and Reroute on a plain transformers LLaVA, one request at a time.
+
+Written for reading and for comparing against, not for speed: loops, fp32, explicit K/V per layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from os import PathLike
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from .decoder import Decoder, LayerKV
+from .selection import highest, last_prompt_row, num_kept
+
+
+@dataclass(frozen=True)
+class OracleResult:
+    """What one request yields; `selected` and `scores` have one entry per decision layer.
+
+    For a request without visual tokens these entries are empty.
+    """
+
+    token_ids: list[int]  # generated, greedy or forced
+    logprobs: Tensor  # [generated, vocab], fp32
+    selected: list[list[int]]  # kept, as indices into the request's visual tokens, ascending
+    scores: list[Tensor]  # fp32 [candidates], ascending candidates: all, or what is left (remove)
+    kv_lens: list[int]  # K/V entries per decoder layer at the end; the last token is never fed
+
+
+class RoutedOracle:
+    """Runs requests under one schedule; empty `layers` runs them dense.
+
+    `keep` are shares of a request's original visual tokens, one per decision layer. The visual
+    tokens of all images of a request are ranked jointly.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | PathLike[str],
+        *,
+        action: Literal["remove", "reroute"],
+        layers: Sequence[int],
+        keep: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = LlavaForConditionalGeneration.from_pretrained(
+            model_dir, attn_implementation="eager", dtype=dtype
+        ).eval()
+        self._text = self.model.model.language_model
+        self._decoder = Decoder(self._text)
+        self.depth = len(self._decoder.layers)
+        _check_schedule(action, layers, keep, self.depth)
+        self.action = action
+        self.keep_at = dict(zip(layers, keep, strict=True))
+
+    @torch.inference_mode()
+    def run(
+        self,
+        input_ids: list[int],
+        pixel_values: Tensor | None,
+        max_new_tokens: int,
+        forced_token_ids: list[int] | None = None,
+        stop_at_eos: bool = False,
+    ) -> OracleResult:
+        """Generates greedily, or feeds `forced_token_ids` and records what was predicted.
+
+        `input_ids` holds one image token per visual token; pixel_values is
+        [images, 3, height, width], or None for a request without images.
+        """
+        _check_request(input_ids, max_new_tokens, forced_token_ids, self._image_token)
+        kv = [LayerKV() for _ in range(self.depth)]
+        last_hidden, selected, scores = self._prefill(input_ids, pixel_values, kv)
+        token_ids: list[int] = []
+        logprobs: list[Tensor] = []
+        while True:
+            logprobs.append(self._logprobs(last_hidden))
+            step = len(token_ids)
+            greedy = int(logprobs[-1].argmax())
+            token_ids.append(greedy if forced_token_ids is None else forced_token_ids[step])
+            stopped = stop_at_eos and token_ids[-1] in self._eos_token_ids
+            if stopped or len(token_ids) == max_new_tokens:
+                break
+            last_hidden = self._decode(token_ids[-1], len(input_ids) + step, kv)
+        return OracleResult(
+            token_ids=token_ids,
+            logprobs=torch.stack(logprobs),
+            selected=selected,
+            scores=scores,
+            kv_lens=[len(layer_kv) for layer_kv in kv],
+        )
+
+    def _prefill(
+        self, input_ids: list[int], pixel_values: Tensor | None, kv: list[LayerKV]
+    ) -> tuple[Tensor, list[list[int]], list[Tensor]]:
+        """Runs the prompt, filling `kv`; returns the last prompt token's hidden state.
+
+        `hidden` always holds the whole prompt. A layer reads and writes the rows of its tokens
+        only, so a deferred token's row waits unchanged until a later decision picks it.
+        """
+        hidden = self._embed_prompt(input_ids, pixel_values)
+        visual = [p for p, token in enumerate(input_ids) if token == self._image_token]
+        text = [p for p, token in enumerate(input_ids) if token != self._image_token]
+        kept = candidates = visual
+        selected: list[list[int]] = []
+        scores: list[Tensor] = []
+        for layer in range(self.depth):
+            if layer in self.keep_at:
+                candidates = kept if self.action == "remove" else visual
+                layer_scores = self._score(layer, hidden, text, candidates)
+                count = num_kept(len(visual), self.keep_at[layer], len(candidates))
+                kept = highest(layer_scores, candidates, count)
+                selected.append([visual.index(p) for p in kept])
+                scores.append(layer_scores)
+            rows = torch.tensor(sorted(text + kept))
+            hidden[rows] = self._decoder.run_layer(layer, hidden[rows], rows, kv[layer])
+        return hidden[-1], selected, scores
+
+    def _score(self, layer: int, hidden: Tensor, text: list[int], candidates: list[int]) -> Tensor:
+        """The last prompt token's attention to each candidate, at the input of `layer`.
+
+        hidden: [prompt, hidden]. The softmax runs over text and candidates. Returns
+        [candidates], fp32.
+        """
+        present = sorted(text + candidates)
+        rows = torch.tensor(present)
+        query, key, _ = self._decoder.project(layer, hidden[rows], rows)
+        row = last_prompt_row(query[:, -1], self._decoder.repeat_heads(layer, key))
+        return row[[present.index(p) for p in candidates]]
+
+    def _decode(self, token_id: int, position: int, kv: list[LayerKV]) -> Tensor:
+        """Feeds one generated token through all layers; returns its hidden state, [hidden]."""
+        hidden = self._text.embed_tokens(torch.tensor([token_id]))
+        positions = torch.tensor([position])
+        for layer in range(self.depth):
+            hidden = self._decoder.run_layer(layer, hidden, positions, kv[layer])
+        return hidden[0]
+
+    def _embed_prompt(self, input_ids: list[int], pixel_values: Tensor | None) -> Tensor:
+        """Token embeddings with image features at the image tokens' places, [prompt, hidden]."""
+        ids = torch.tensor(input_ids)
+        is_image = ids == self._image_token
+        # The image token may lie outside the vocabulary; its embedding is replaced anyway.
+        embeddings = self._text.embed_tokens(ids.masked_fill(is_image, 0))
+        num_features = 0
+        if pixel_values is not None:
+            outputs = self.model.get_image_features(pixel_values.to(self.model.dtype))
+            features = torch.cat(list(outputs.pooler_output))
+            num_features = len(features)
+        if num_features != int(is_image.sum()):
+            raise ValueError(
+                f"input_ids has {int(is_image.sum())} image tokens, but pixel_values gives "
+                f"{num_features} features. Expand every image to one image token per feature."
+            )
+        if num_features:
+            embeddings[is_image] = features
+        return embeddings
+
+    def _logprobs(self, hidden: Tensor) -> Tensor:
+        """hidden: [hidden], as it leaves the last layer. Returns [vocab], fp32."""
+        logits = self.model.lm_head(self._text.norm(hidden))
+        return logits.float().log_softmax(dim=-1)
+
+    @property
+    def _image_token(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def _eos_token_ids(self) -> set[int]:
+        eos = self.model.generation_config.eos_token_id
+        if eos is None:
+            eos = self._text.config.eos_token_id
+        return set(eos) if isinstance(eos, list) else {eos}
+
+
+def _check_schedule(action: str, layers: Sequence[int], keep: Sequence[float], depth: int) -> None:
+    if action not in ("remove", "reroute"):
+        raise ValueError(f"action {action!r} is unknown. Choose one of: remove, reroute.")
+    if len(layers) != len(keep):
+        raise ValueError(
+            f"layers {list(layers)} and keep {list(keep)} differ in length. Give one ratio per decision layer."
+        )
+    increasing = all(a < b for a, b in pairwise(layers))
+    if not increasing or any(not 1 <= layer < depth for layer in layers):
+        raise ValueError(f"layers {list(layers)} must increase strictly within [1, {depth - 1}].")
+    if any(not 0 < ratio <= 1 for ratio in keep):
+        raise ValueError(f"keep {list(keep)} must lie in (0, 1].")
+
+
+def _check_request(
+    input_ids: list[int],
+    max_new_tokens: int,
+    forced_token_ids: list[int] | None,
+    image_token: int,
+) -> None:
+    if not input_ids or input_ids[-1] == image_token:
+        raise ValueError(
+            "input_ids must end in a text token: it is the one that scores the visual tokens "
+            "and predicts the first new token. Append the text that follows the image."
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1.")
+    if forced_token_ids is not None and len(forced_token_ids) < max_new_tokens:
+        raise ValueError(
+            f"forced_token_ids has {len(forced_token_ids)} tokens, max_new_tokens asks for "
+            f"{max_new_tokens}. Give as many tokens as steps."
+        )
