@@ -12,6 +12,9 @@ REFERENCE_VISUAL_TOKENS = 576
 
 _BISECTION_STEPS = 60
 
+_NUDGES = range(-4, 5)
+"""Tokens by which a solved count may move so that the total comes out exactly."""
+
 
 def num_kept(num_visual: int, keep_ratio: float) -> int:
     """Visual tokens a stage keeps of a request's `num_visual`: int(N * r), at least one.
@@ -38,8 +41,9 @@ def solve_keep_ratios(
     """Keep ratios of the schedule's own shape that average `average` visual tokens per layer.
 
     average: wanted visual tokens per layer for an image of `REFERENCE_VISUAL_TOKENS`.
-    Returns one ratio per decision layer. Shapes with several different ratios meet the average
-    exactly where `average * num_layers` is a whole number; flat shapes to half a token.
+    Returns one ratio per decision layer. Flat shapes meet the average to half a token. Shapes
+    with several different ratios meet it exactly where `average * num_layers` is a whole number,
+    unless stage sizes share a divisor or the shape is pressed flat near either end of the range.
 
     Raises ValueError, naming the reachable range, when no ratios can meet it.
     """
@@ -53,10 +57,11 @@ def solve_keep_ratios(
             f"tokens can average {lowest:.1f} to {visual}. Choose a value in that range."
         )
     wanted = average * num_layers - sizes[0] * visual
-    low, high = 0.0, 1.0
+    low, high = 0.0, 2.0 ** len(layers)
     for _ in range(_BISECTION_STEPS):
         first = (low + high) / 2
-        total = sum(n * visual * r for n, r in zip(sizes[1:], _shape(published, first), strict=True))
+        kept = (max(1.0, visual * r) for r in _shape(published, first))
+        total = sum(n * k for n, k in zip(sizes[1:], kept, strict=True))
         low, high = (first, high) if total < wanted else (low, first)
     counts = [max(1, round(visual * r)) for r in _shape(published, high)]
     return tuple(_ratio_for(count) for count in _nudge(counts, sizes[1:], wanted))
@@ -68,36 +73,39 @@ def _stage_sizes(num_layers: int, layers: Sequence[int]) -> list[int]:
 
 
 def _shape(published: PublishedSchedule, first: float) -> list[float]:
+    """Ratios whose first one is `first`; beyond 1 the later ones still grow, up to 1 each."""
     stages = range(len(published.layers))
     if published.shape == "geometric":
-        return [first ** (i + 1) for i in stages]
-    if published.shape == "halving":
-        return [first / 2 ** max(0, i - 1) for i in stages]
-    return [first for _ in stages]
+        ratios = [first ** (i + 1) for i in stages]
+    elif published.shape == "halving":
+        ratios = [first / 2 ** max(0, i - 1) for i in stages]
+    else:
+        ratios = [first for _ in stages]
+    return [min(1.0, ratio) for ratio in ratios]
 
 
 def _nudge(counts: list[int], sizes: Sequence[int], wanted: float) -> list[int]:
-    """The counts, moved by at most two tokens a distinct count, closest to `wanted` in total.
+    """The counts, moved by as few tokens as bring their total closest to `wanted`.
 
-    Equal counts move together: stages with equal ratios share one KV cache group.
+    Equal counts move together: stages with equal ratios share one KV cache group. None overtakes
+    another: a stage that may not rise would be cut back to the one before.
     """
-    distinct = sorted(set(counts))
-
-    def moved(steps: Sequence[int]) -> list[int]:
-        by_count = dict(zip(distinct, steps, strict=True))
-        return [c + by_count[c] for c in counts]
-
-    candidates = (
-        moved(steps) for steps in itertools.product((0, 1, -1, 2, -2), repeat=len(distinct))
-    )
-    allowed = [c for c in candidates if 1 <= min(c) and max(c) <= REFERENCE_VISUAL_TOKENS]
-    return min(
-        allowed,
-        key=lambda c: (
-            abs(sum(n * k for n, k in zip(sizes, c, strict=True)) - wanted),
-            sum(abs(a - b) for a, b in zip(c, counts, strict=True)),
-        ),
-    )
+    layers_of = {c: sum(n for n, k in zip(sizes, counts, strict=True) if k == c) for c in counts}
+    # The count of the fewest layers closes the gap most finely; the others try a few steps.
+    *others, last = sorted(layers_of, key=layers_of.__getitem__, reverse=True)
+    candidates = []
+    for steps in itertools.product(_NUDGES, repeat=len(others)):
+        moved = {c: c + step for c, step in zip(others, steps, strict=True)}
+        rest = wanted - sum(layers_of[c] * k for c, k in moved.items())
+        lowest = max((k for c, k in moved.items() if c < last), default=1)
+        highest = min((k for c, k in moved.items() if c > last), default=REFERENCE_VISUAL_TOKENS)
+        moved[last] = min(max(lowest, round(rest / layers_of[last])), highest)
+        ascending = [moved[c] for c in sorted(moved)]
+        if ascending == sorted(ascending) and 1 <= ascending[0] and ascending[-1] <= REFERENCE_VISUAL_TOKENS:
+            error = abs(rest - layers_of[last] * moved[last])
+            distance = sum(abs(k - c) for c, k in moved.items())
+            candidates.append((error, distance, [moved[c] for c in counts]))
+    return min(candidates)[2]
 
 
 def _ratio_for(count: int) -> float:

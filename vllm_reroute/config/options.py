@@ -49,6 +49,10 @@ class RerouteOptions:
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> RerouteOptions:
         """Options of `additional_config["reroute"]`; lists may be lists, tuples or "2,7,15"."""
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"The reroute options {given!r} must be a dictionary, such as {{'schedule': 'pdrop'}}."
+            )
         known = [f.name for f in fields(cls)]
         for name in given:
             if name not in known:
@@ -166,7 +170,7 @@ def _number(name: str, value: Any, kind: type) -> Any:
         return None
     try:
         number = kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or isinstance(value, bool) or float(number) != float(value):
         what = "a whole number" if kind is int else "a number"

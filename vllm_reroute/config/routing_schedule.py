@@ -120,4 +120,4 @@ class RoutingSchedule:
 def is_routed(vllm_config: VllmConfig) -> bool:
     """Whether this engine routes visual tokens."""
     additional = vllm_config.additional_config
-    return isinstance(additional, dict) and CONFIG_KEY in additional
+    return isinstance(additional, dict) and additional.get(CONFIG_KEY) is not None

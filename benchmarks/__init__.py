@@ -1,0 +1,1 @@
+"""Programs that make models, send requests and measure. Not installed with the package."""

@@ -1,0 +1,160 @@
+"""Requests make the same decisions whatever happens around them, and leave nothing behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tests.engine.conftest import engine_args
+from tests.engine.host import EngineHost
+from tests.engine.oracle_answers import OracleAnswers
+from tests.engine.probes import free_blocks, generate, recorded_decisions, scheduler_of
+from tests.engine.requests import (
+    LONG_TEXT,
+    MIXED,
+    ONE_IMAGE,
+    OTHER_IMAGE,
+    TEXT_ONLY,
+    TWO_IMAGES,
+    Ask,
+)
+from vllm_reroute.config import RerouteOptions, RoutingSchedule
+from vllm_reroute.kv_cache.footprint import RequestFootprint
+
+OPTIONS: dict[str, Any] = {"layers": [1, 3, 6], "keep": [0.5, 0.1, 0.8]}
+SCHEDULE: RoutingSchedule = RerouteOptions.from_mapping(OPTIONS).resolve(8)
+MANY = (*MIXED, *(replace(ask, text=f"SYSTEM: {'be kind ' * (3 + i)}{ask.text}") for i, ask in enumerate(MIXED)))
+
+
+def stepwise(llm: Any, asks: tuple[Ask, ...], every: int) -> dict[str, Any]:
+    """Add a request every few steps; return tokens, decisions and preemptions seen."""
+    engine, pending, finished, steps = llm.llm_engine, list(enumerate(asks)), {}, 0
+    preempted: set[str] = set()
+    with recorded_decisions() as decisions:
+        while pending or engine.has_unfinished_requests():
+            if pending and steps % every == 0:
+                index, ask = pending.pop(0)
+                engine.add_request(str(index), llm._preprocess_cmpl([ask.prompt()])[0], ask.sampling_params())
+            for output in engine.step():
+                if output.finished:
+                    finished[output.request_id.split("-")[0]] = output
+            preempted |= {r.request_id for r in scheduler_of(llm).requests.values() if r.num_preemptions}
+            steps += 1
+    return {
+        "tokens": [list(finished[str(i)].outputs[0].token_ids) for i in range(len(asks))],
+        "prompts": [list(finished[str(i)].prompt_token_ids) for i in range(len(asks))],
+        "decisions": decisions,
+        "preempted": len(preempted),
+        "free": free_blocks(llm),
+    }
+
+
+def check_against_oracle(oracles: OracleAnswers, asks: tuple[Ask, ...], seen: dict[str, Any]) -> None:
+    for ask, tokens, prompt in zip(asks, seen["tokens"], seen["prompts"], strict=True):
+        expected = oracles.result("grouped", SCHEDULE, ask, prompt)
+        assert tokens == expected.token_ids
+        if ask.images:
+            assert seen["decisions"][len(prompt)] == expected.selected
+
+
+def test_prefills_join_running_decodes(host: EngineHost, models: Any, oracles: OracleAnswers) -> None:
+    """Image prefills, chunked text prefills and decodes share steps."""
+    host.engine(**engine_args(models["grouped"], OPTIONS, max_num_batched_tokens=200))
+    before = host.call(free_blocks)
+    seen = host.call(stepwise, MANY, every=2)
+    check_against_oracle(oracles, MANY, seen)
+    assert seen["free"] == before
+
+
+def test_preempted_requests_repeat_their_decisions(
+    host: EngineHost, models: Any, oracles: OracleAnswers
+) -> None:
+    """A pool too small for all: requests are preempted, resumed, and answer the same."""
+    long = tuple(replace(ask, max_tokens=96) for ask in MANY)
+    # K and V of 32 tokens, 2 heads of 32 values, fp32: a block of one layer.
+    block_bytes = 32 * 2 * 2 * 32 * 4
+    host.engine(**engine_args(models["grouped"], OPTIONS, kv_cache_memory_bytes=260 * block_bytes, max_model_len=480))
+    before = host.call(free_blocks)
+    seen = host.call(stepwise, long, every=1)
+    assert seen["preempted"] >= 2
+    check_against_oracle(oracles, long, seen)
+    assert seen["free"] == before
+
+
+def shared_prefix_hits(llm: Any) -> tuple[list[list[int]], int]:
+    """Two long texts with a common start, one after the other: tokens, and tokens read from cache."""
+    first, second = LONG_TEXT, replace(LONG_TEXT, text=LONG_TEXT.text + " Now again, please: ASSISTANT:")
+    tokens, cached = [], 0
+    for ask in (first, second):
+        output = llm.generate([ask.prompt()], ask.sampling_params(), use_tqdm=False)[0]
+        tokens.append(list(output.outputs[0].token_ids))
+        cached = output.num_cached_tokens
+    return tokens, cached
+
+
+def test_text_prefix_caching_works_and_changes_nothing(host: EngineHost, models: Any) -> None:
+    host.engine(**engine_args(models["grouped"], OPTIONS, enable_prefix_caching=True))
+    tokens, cached = host.call(shared_prefix_hits)
+    assert cached > 100 and cached % 32 == 0
+    host.engine(**engine_args(models["grouped"], OPTIONS, enable_prefix_caching=False))
+    assert host.call(shared_prefix_hits) == (tokens, 0)
+
+
+def test_image_after_cached_text_prefix_is_exact(
+    host: EngineHost, models: Any, oracles: OracleAnswers
+) -> None:
+    """An image request whose text prefix and image are cached decides as if nothing were."""
+    prefix = "SYSTEM: " + "First count what lies above, below and around each object. " * 6
+    asks = [replace(ask, text=prefix + ask.text) for ask in (ONE_IMAGE, ONE_IMAGE, OTHER_IMAGE)]
+    host.engine(**engine_args(models["grouped"], OPTIONS, enable_prefix_caching=True))
+    for ask in asks:
+        (answer,) = host.call(generate, [ask])
+        oracles.check("grouped", SCHEDULE, ask, answer)
+
+
+def live_blocks(llm: Any, ask: Ask, steps: int) -> tuple[int, int, int]:
+    """Blocks a request holds after some steps, the tokens it has K/V for, and free blocks after."""
+    engine = llm.llm_engine
+    engine.add_request("live", llm._preprocess_cmpl([ask.prompt()])[0], ask.sampling_params())
+    for _ in range(steps):
+        engine.step()
+    (request,) = scheduler_of(llm).requests.values()
+    managers = scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers
+    held = sum(len(m.req_to_blocks[request.request_id]) for m in managers)
+    computed = request.num_computed_tokens
+    engine.abort_request([request.request_id], internal=True)
+    engine.step()
+    return held, computed, free_blocks(llm)
+
+
+def test_live_request_holds_no_blocks_for_deferred_tokens(host: EngineHost, models: Any) -> None:
+    """Counted blocks are those of text + kept tokens; an abort gives every one back."""
+    host.engine(**engine_args(models["grouped"], OPTIONS))
+    before = host.call(free_blocks)
+    for ask, num_images in ((ONE_IMAGE, 1), (TWO_IMAGES, 2), (TEXT_ONLY, 0)):
+        long = replace(ask, max_tokens=60)
+        held, computed, after = host.call(live_blocks, long, 40)
+        footprint = RequestFootprint(
+            schedule=SCHEDULE,
+            num_visual=64 * num_images,
+            num_text=computed - 64 * num_images,
+            bytes_per_token=1,
+            block_size=32,
+        )
+        assert held == footprint.routed_blocks
+        assert after == before
+
+
+def samples(llm: Any) -> list[list[int]]:
+    ask = replace(ONE_IMAGE, options={"n": 3, "temperature": 1.0, "seed": 7})
+    (output,) = llm.generate([ask.prompt()], ask.sampling_params(), use_tqdm=False)
+    return [list(completion.token_ids) for completion in output.outputs]
+
+
+def test_several_samples_of_one_image_request(host: EngineHost, models: Any) -> None:
+    host.engine(**engine_args(models["grouped"], OPTIONS))
+    before = host.call(free_blocks)
+    first, again = host.call(samples), host.call(samples)
+    assert first == again
+    assert len({tuple(tokens) for tokens in first}) == 3
+    assert host.call(free_blocks) == before
