@@ -116,8 +116,9 @@ def test_num_kept(num_visual, keep_ratio, expect):
 
 
 def test_a_solved_ratio_keeps_the_solved_count():
-    """The ratio sits in the middle of its token, so no rounding moves the count."""
-    for average in range(56, 577, 5):
+    """A ratio below 1 sits in the middle of its token, so no rounding moves the count."""
+    for average in range(56, 576, 5):
         schedule = solve("fastv", "remove", 32, average)
         ratio, count = schedule.keep[0], schedule.kept_per_stage()[1]
-        assert {num_kept(VISUAL, ratio * (1 + nudge)) for nudge in (-1e-7, 0.0)} == {count}
+        assert ratio < 1
+        assert {num_kept(VISUAL, ratio * (1 + nudge)) for nudge in (-1e-7, 0.0, 1e-7)} == {count}

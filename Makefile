@@ -1,0 +1,61 @@
+# Every target makes .venv by itself. pip's own configuration (files, PIP_* variables) applies unchanged.
+
+# The first Python of 3.11 or newer that really starts; override with `make PYTHON=…`.
+PYTHON ?= $(shell for python in python3.11 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+# Extra words for every `pip install`, for example PIP_ARGS="--extra-index-url https://…".
+PIP_ARGS ?=
+# Words handed on to `vllm serve` and to pytest.
+ARGS ?=
+# Where PyTorch publishes its CPU wheels, if pip's own configuration does not lead to them (see pytorch.org).
+TORCH_CPU_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
+# Linux CPU builds of PyTorch carry the local version +cpu; other systems have no CUDA builds to tell them from.
+TORCH := torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+
+# Nothing here talks to a model hub, and nothing reports usage.
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+
+.PHONY: help setup demo test serve lint
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+setup: $(READY) ## create .venv with vLLM and this package
+
+demo: $(READY) ## ask a routed and a dense server about a photo, compare KV memory and time to first token
+	@$(OFFLINE) $(BIN)/python -m benchmarks.demo $(ARGS)
+
+test: $(READY) ## run the tests (ARGS="-k name" for some of them)
+	@$(OFFLINE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(ARGS)
+
+serve: $(READY) ## serve the demo's model, for example ARGS="--reroute-schedule pdrop --port 8000"
+	@model=$$($(OFFLINE) $(BIN)/python -m benchmarks.local_model) && \
+	$(OFFLINE) $(BIN)/vllm serve $$model --max-model-len 2048 $(ARGS)
+
+lint: $(READY) ## check style
+	@$(BIN)/ruff check .
+
+$(READY): setup.py $(wildcard cpu_env/*.py cpu_env/*.pth)
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "[1/3] creating $(VENV) with $$($(PYTHON) --version) (about ten seconds)"
+	@$(PYTHON) -m venv $(VENV) || { echo "This Python has no venv module. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+ifdef GPU
+	@echo "[2/3] nvidia-smi found: installing vLLM for CUDA (several GB)"
+	@$(INSTALL) -e ".[cuda,test]"
+else
+	@echo "[2/3] no nvidia-smi: installing PyTorch and vLLM for CPU (a few minutes the first time)"
+	@$(INSTALL) $(if $(TORCH_CPU_INDEX),--extra-index-url "$(TORCH_CPU_INDEX)") "$(TORCH)" || { \
+	  echo "pip found no CPU build of PyTorch. Name PyTorch's CPU wheel index: make setup TORCH_CPU_INDEX=URL" >&2; exit 1; }
+	@$(INSTALL) ./cpu_env
+endif
+	@echo "[3/3] installing vllm-reroute and what its tests need"
+	@$(INSTALL) -e ".[$(if $(GPU),cuda,cpu),test]"
+	@touch $@
+	@echo "Ready: $(BIN)/vllm"

@@ -1,0 +1,23 @@
+"""Fixtures shared by the unit tests."""
+
+import pytest
+
+from .parts import save_model_folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A folder vLLM can make a config of: LLaVA-1.5, 8 layers, 16 visual tokens an image."""
+    return save_model_folder(tmp_path_factory.mktemp("models") / "tiny-llava")
+
+
+@pytest.fixture(scope="session")
+def engine_config(model_folder):
+    """vLLM's config of `model_folder`, made from engine arguments as the engine makes it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(**arguments):
+        arguments = {"max_model_len": 1024, "max_num_batched_tokens": 1024, "max_num_seqs": 16, **arguments}
+        return EngineArgs(model=str(model_folder), **arguments).create_engine_config()
+
+    return make
