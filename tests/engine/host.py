@@ -21,6 +21,8 @@ BASE_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Engines side by side must not be bound to one and the same core.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 V2_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 TIMEOUT_S = 400
@@ -84,6 +86,7 @@ def _serve(connection: Connection, environment: dict[str, str]) -> None:
     while True:
         command, payload = connection.recv()
         if command == "stop":
+            _drop(llm)
             return
         try:
             if command == "build":

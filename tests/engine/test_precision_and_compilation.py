@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoProcessor
 
 from tests.engine.conftest import engine_args
 from tests.engine.host import EngineHost
@@ -17,9 +19,10 @@ from tests.oracle import RoutedOracle
 from vllm_reroute.config import RerouteOptions
 
 OPTIONS: dict[str, Any] = {"layers": [2, 4, 6], "keep": [0.5, 0.25, 0.4]}
+# Rounding flips near-ties. Among the least attended tokens, where these ratios cut, a flip hardly
+# matters; among the most attended it changes the answer, for the oracle as for the engine.
+MILD: dict[str, Any] = {"layers": [2, 5], "keep": [0.75, 0.75]}
 SCHEDULE = RerouteOptions.from_mapping(OPTIONS).resolve(8)
-BF16_TOLERANCE = 0.35
-"""Eight mantissa bits through eight layers of random weights; measured on the dense model too."""
 
 
 def num_compiled_stages(llm: Any) -> int:
@@ -30,7 +33,7 @@ def num_compiled_stages(llm: Any) -> int:
 
 @pytest.fixture
 def fresh_v1() -> Iterator[EngineHost]:
-    host = EngineHost({"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+    host = EngineHost()
     yield host
     host.close()
 
@@ -47,7 +50,7 @@ def test_compiled_stages_agree_with_oracle(
 
 def test_tensor_parallel_agrees_with_oracle(models: Any, oracles: OracleAnswers) -> None:
     """Two ranks choose alike. Workers are processes of their own, so decisions are not recorded."""
-    host = EngineHost({"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    host = EngineHost({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
     try:
         host.engine(**engine_args(models["grouped"], OPTIONS, tensor_parallel_size=2))
         for ask, answer in zip(MIXED, host.call(generate, MIXED), strict=True):
@@ -57,31 +60,38 @@ def test_tensor_parallel_agrees_with_oracle(models: Any, oracles: OracleAnswers)
         host.close()
 
 
-def test_bf16_stays_close_to_oracle(v1: EngineHost, models: Any) -> None:
-    """Along the engine's own tokens, the oracle in bf16 gives nearly the same log-probabilities."""
-    options = {"schedule": "pdrop", "tier": 192}
-    schedule = RerouteOptions.from_mapping(options).resolve(8)
+def bf16_errors(host: EngineHost, model: Any, options: dict[str, Any] | None) -> tuple[list[float], list[float]]:
+    """Log-probability errors against the oracle in bf16 along the engine's own tokens, and the
+    share of each decision's kept tokens that both agree on."""
+    schedule = RerouteOptions.from_mapping(options).resolve(8) if options else None
     oracle = RoutedOracle(
-        models["grouped"],
-        action=schedule.action,
-        layers=schedule.layers,
-        keep=schedule.keep,
+        model,
+        action=schedule.action if schedule else "remove",
+        layers=schedule.layers if schedule else (),
+        keep=schedule.keep if schedule else (),
         dtype=torch.bfloat16,
     )
-    v1.engine(**engine_args(models["grouped"], options, dtype="bfloat16"))
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(models["grouped"])
+    host.engine(**engine_args(model, options, dtype="bfloat16"))
+    processor = AutoProcessor.from_pretrained(model)
     asks = [ask for ask in MIXED if ask.images]
-    for ask, answer in zip(asks, v1.call(generate, asks), strict=True):
+    errors, agreement = [], []
+    for ask, answer in zip(asks, host.call(generate, asks), strict=True):
         pixels = processor.image_processor(ask.pictures(), return_tensors="pt")["pixel_values"]
-        result = oracle.run(
-            answer.prompt_token_ids, pixels, ask.max_tokens, forced_token_ids=answer.token_ids
-        )
-        errors = [
+        result = oracle.run(answer.prompt_token_ids, pixels, ask.max_tokens, forced_token_ids=answer.token_ids)
+        errors += [
             abs(logprob - result.logprobs[step, token].item())
             for step, logprobs in enumerate(answer.logprobs)
             for token, logprob in logprobs.items()
         ]
-        print(f"bf16: {max(errors):.3f} at most, {sum(errors) / len(errors):.4f} on average")
-        assert max(errors) < BF16_TOLERANCE
+        for ours, theirs in zip(answer.selected, result.selected, strict=True):
+            agreement.append(len(set(ours) & set(theirs)) / len(theirs))
+    return errors, agreement
+
+
+def test_bf16_errs_little_more_than_the_dense_model(v1: EngineHost, models: Any) -> None:
+    """Rounding flips near-ties, so decisions nearly agree, and answers stay close."""
+    dense, _ = bf16_errors(v1, models["grouped"], None)
+    routed, agreement = bf16_errors(v1, models["grouped"], MILD)
+    print(f"bf16 mean error: dense {fmean(dense):.4f}, routed {fmean(routed):.4f}; agreement {agreement}")
+    assert min(agreement) >= 0.9
+    assert fmean(routed) < 5 * fmean(dense)

@@ -1,0 +1,148 @@
+"""A routed server as a client sees it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from PIL import Image
+from transformers import AutoProcessor
+
+from benchmarks.local_model import TINY, build_local_model
+from benchmarks.local_server import LocalServer
+from benchmarks.photos import PHOTOS
+from tests.oracle import RoutedOracle
+from vllm_reroute.config import RerouteOptions
+
+MAX_TOKENS = 8
+STEP_TOKENS = 600
+VISUAL = 64
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_local_model(tmp_path_factory.mktemp("served") / "tiny-llava", replace(TINY, image_size=112))
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[LocalServer]:
+    flags = {
+        "--reroute-schedule": "pdrop",
+        "--reroute-tier": "128",
+        "--dtype": "float32",
+        "--max-model-len": "1024",
+        "--max-num-batched-tokens": str(STEP_TOKENS),
+        "--kv-cache-memory-bytes": str(64 * 2**20),
+        "--limit-mm-per-prompt": '{"image": 12}',
+        "--served-model-name": "tiny-llava",
+    }
+    words = [word for pair in flags.items() for word in pair]
+    with LocalServer("test-routed", model, [*words, "--enforce-eager"], start_limit_s=300) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: LocalServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def messages(text: str, photos: tuple[int, ...] = (), image: bytes | None = None) -> list[dict[str, Any]]:
+    pictures = [PHOTOS[i].jpeg for i in photos] if image is None else [image]
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(p).decode()}"}}
+        for p in pictures
+    ]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def ask(client: openai.OpenAI, text: str, photos: tuple[int, ...] = (), **options: Any) -> Any:
+    return client.chat.completions.create(
+        model="tiny-llava",
+        messages=messages(text, photos),
+        temperature=0,
+        max_tokens=MAX_TOKENS,
+        extra_body={"return_token_ids": True, "ignore_eos": True, **options},
+    )
+
+
+def test_concurrent_answers_equal_the_oracle(client: openai.OpenAI, model: Path) -> None:
+    """Images, two images and text at once; every answer is the one the schedule defines."""
+    schedule = RerouteOptions(schedule="pdrop", tier=128).resolve(TINY.text_layers)
+    oracle = RoutedOracle(model, action=schedule.action, layers=schedule.layers, keep=schedule.keep)
+    processor = AutoProcessor.from_pretrained(model)
+    asks: list[tuple[str, tuple[int, ...]]] = [
+        ("What is shown?", (0,)),
+        ("Which animal is this?", (1,)),
+        ("How many birds fly over the field?", ()),
+        ("Which of the two has the cup?", (2, 3)),
+        ("Describe the photo in one sentence.", (3,)),
+    ]
+    with ThreadPoolExecutor(len(asks)) as pool:
+        answers = list(pool.map(lambda one: ask(client, *one), asks))
+    for (_, photos), answer in zip(asks, answers, strict=True):
+        pixels = None
+        if photos:
+            images = [Image.open(BytesIO(PHOTOS[i].jpeg)).convert("RGB") for i in photos]
+            pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        expected = oracle.run(answer.prompt_token_ids, pixels, MAX_TOKENS)
+        assert answer.choices[0].token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize(
+    ("case", "cure"),
+    [
+        ({"text": "What is this?", "image": b"these bytes are no image"}, "image"),
+        ({"text": "And these?", "photos": (0,) * 10}, "--max-num-batched-tokens"),
+        ({"text": "Score the prompt.", "photos": (0,), "prompt_logprobs": 1}, "prompt_logprobs"),
+    ],
+    ids=["broken-image", "longer-than-a-step", "prompt-logprobs"],
+)
+def test_bad_request_is_refused_and_serving_goes_on(
+    client: openai.OpenAI, case: dict[str, Any], cure: str
+) -> None:
+    options = {k: v for k, v in case.items() if k == "prompt_logprobs"}
+    with pytest.raises(openai.BadRequestError, match=cure):
+        client.chat.completions.create(
+            model="tiny-llava",
+            messages=messages(case["text"], case.get("photos", ()), case.get("image")),
+            max_tokens=MAX_TOKENS,
+            extra_body=options,
+        )
+    assert ask(client, "Still there?", (1,)).choices[0].message.content
+
+
+def test_startup_log_states_the_schedule(server: LocalServer, client: openai.OpenAI) -> None:
+    schedule = RerouteOptions(schedule="pdrop", tier=128).resolve(TINY.text_layers)
+    log = server.log.read_text(encoding="utf-8")
+    for part in (
+        "schedule          pdrop, action reroute",
+        f"decision layers   {', '.join(map(str, schedule.layers))} of {TINY.text_layers}",
+        f"{schedule.average(VISUAL):.1f} per layer on average, of {VISUAL}",
+        "KV cache per image request",
+        "image requests that fit the KV pool at once",
+        f"deferred-token buffer: {STEP_TOKENS * TINY.hidden_size * 4 / 2**20:.3f} MiB",
+    ):
+        assert part in log
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--reroute-schedule", "nosuch"], "invalid choice: 'nosuch' (choose from "),
+        (["--reroute-tier", "64"], "--reroute-tier 64 needs a schedule"),
+        (["--reroute-schedule", "pdrop", "--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 cannot be"),
+    ],
+    ids=["unknown-schedule", "tier-alone", "pipeline-parallel"],
+)
+def test_bad_option_stops_the_server_at_start(model: Path, flags: list[str], message: str) -> None:
+    server = LocalServer("test-refused", model, flags, start_limit_s=120)
+    with pytest.raises(RuntimeError, match="ended with code"), server:
+        pass
+    assert message in server.log.read_text(encoding="utf-8")
