@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     """Refuse an image request that could never be scheduled or fully answered.
 
-    Raises VLLMValidationError, a ValueError the API server answers with HTTP 400.
+    Raises VLLMValidationError, which the API server answers with HTTP 400.
     """
     spans = VisualSpans.of(request.mm_features or ())
     if spans is None:
@@ -30,15 +30,23 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
             parameter="prompt",
             value=num_prompt,
         )
-    params = request.sampling_params
-    if params is not None and params.prompt_logprobs is not None:
+    if request.resumable:
         raise VLLMValidationError(
-            "prompt_logprobs is not available for prompts with images under visual-token routing: "
-            "deferred tokens have no final hidden state. Leave prompt_logprobs out, or serve "
-            "without --reroute-schedule.",
-            parameter="prompt_logprobs",
-            value=params.prompt_logprobs,
+            "Streamed input with images is not available under visual-token routing: a decision "
+            "needs the whole prompt. Send the prompt in one piece, or serve without "
+            "--reroute-schedule.",
+            parameter="prompt",
+            value=num_prompt,
         )
+    for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
+        if getattr(request.sampling_params, name, None) is not None:
+            raise VLLMValidationError(
+                f"{name} is not available for prompts with images under visual-token routing: "
+                f"deferred tokens have no final hidden state. Leave {name} out, or serve without "
+                "--reroute-schedule.",
+                parameter=name,
+                value=getattr(request.sampling_params, name),
+            )
 
 
 def _check_fits_one_step(num_prompt: int, vllm_config: VllmConfig) -> None:

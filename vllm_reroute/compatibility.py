@@ -74,6 +74,10 @@ REFUSALS = (
         "long_prefill_token_threshold",
         "a prompt with images runs in one step, whatever its length",
     ),
+    _unset(
+        "max_num_scheduled_tokens",
+        "a prompt with images runs in one step of --max-num-batched-tokens",
+    ),
     _unset("quantization", "routing on quantised weights is untested"),
     _unset("scheduler_cls", "routing brings its own scheduler"),
     Refusal(
@@ -128,13 +132,10 @@ def _check_image_fits_one_step(vllm_config: VllmConfig) -> None:
     if budget >= vllm_config.model_config.max_model_len:
         return
     from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.encoder_budget import MultiModalBudget
 
-    model_config = vllm_config.model_config
-    processor = MULTIMODAL_REGISTRY.create_processor(model_config)
-    tokens = processor.info.get_mm_max_tokens_per_item(
-        seq_len=model_config.max_model_len, mm_counts={"image": 1}
-    )
-    needed = (tokens or {}).get("image", 0) + 1
+    tokens = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY, enable_cache=False).mm_max_toks_per_item
+    needed = tokens.get("image", 0) + 1
     if needed > budget:
         raise ValueError(
             f"--max-num-batched-tokens {budget} is too small for visual-token routing: a prompt "

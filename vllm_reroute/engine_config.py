@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_reroute.compatibility import check_arguments, check_config
@@ -19,8 +18,6 @@ from vllm_reroute.models.architectures import RoutedArchitecture
 if TYPE_CHECKING:
     from vllm.config import CompilationConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
-
-logger = init_logger(__name__)
 
 SCHEDULER = "vllm_reroute.kv_cache.scheduler.routed_scheduler"
 

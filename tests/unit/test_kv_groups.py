@@ -78,13 +78,8 @@ def test_a_pool_of_blocks_without_padding(schedule, num_groups, vllm_config, lay
     assert {(tensor.size, tensor.offset, tensor.block_stride) for tensor in config.kv_cache_tensors} == {
         (5000 * page, 0, page)
     }
-    assert resolve_kv_cache_block_sizes(replace_block_size(vllm_config, config), vllm_config) == (16, 16)
-
-
-def replace_block_size(vllm_config, config):
-    # As the engine core does once it knows the groups.
-    vllm_config.cache_config.block_size = config.kv_cache_groups[0].kv_cache_spec.block_size
-    return config
+    vllm_config.cache_config.block_size = 16  # as the engine core does once it knows the groups
+    assert resolve_kv_cache_block_sizes(config, vllm_config) == (16, 16)
 
 
 def test_vllm_counts_every_layer_of_a_long_text_request(vllm_config, layout):

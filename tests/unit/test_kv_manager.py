@@ -271,11 +271,13 @@ def test_cached_blocks_that_may_be_evicted_count_as_taken():
     engine.prefill(first)
     engine.finish(first)
     assert engine.prefill(make_request("too long", [*range(32), *range(900, 933)])) is None
-    ids, num_hit = engine.prefill(make_request("fits", [*range(32), *range(900, 932)]))
+    _, num_hit = engine.prefill(make_request("fits", [*range(32), *range(900, 932)]))
     assert (num_hit, engine.pool.get_num_free_blocks()) == (32, 0)
 
 
-@pytest.mark.parametrize("keep,kind", [((0.5, 0.25), HybridKVCacheCoordinator), ((1.0, 1.0), UnitaryKVCacheCoordinator)])
+@pytest.mark.parametrize(
+    "keep,kind", [((0.5, 0.25), HybridKVCacheCoordinator), ((1.0, 1.0), UnitaryKVCacheCoordinator)]
+)
 def test_vllm_s_own_coordinator_runs_the_groups(keep, kind):
     schedule = RerouteOptions(layers=(3, 5), keep=keep).resolve(8)
     engine = Engine(schedule)

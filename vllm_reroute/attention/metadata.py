@@ -138,6 +138,8 @@ class GroupBuffers:
         padded = request >= compact.num_reqs
         request = request.clamp_(max=compact.num_reqs - 1)
         position = token - starts[request + 1] + compact.seq_lens[request]
+        # Padding that follows a request of full length would look past the end of its row.
+        position.masked_fill_(padded, 0)
         block = self.block_tables[:, request, position.clamp(min=0) // self.block_size].long()
         slots = block * self.block_size + position % self.block_size
         self.slot_mappings[:, :num_tokens].copy_(slots.masked_fill_(padded, PAD_SLOT_ID))

@@ -13,7 +13,10 @@ _PREFIX = "reroute_"
 
 
 def add_reroute_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags in a group of their own. Without any of them vLLM is untouched."""
+    """Add the flags in a group of their own. Without any of them vLLM is untouched.
+
+    A flag that was not given leaves no attribute behind.
+    """
     group = parser.add_argument_group(
         title=GROUP_TITLE,
         description="Route visual tokens: at each decision layer the most attended ones run the "
@@ -22,13 +25,13 @@ def add_reroute_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument(
         "--reroute-schedule",
         choices=[*SCHEDULES, NO_SCHEDULE],
-        default=None,
+        default=argparse.SUPPRESS,
         help=f"Where to decide and how much to keep. {NO_SCHEDULE!r} serves without routing.",
     )
     group.add_argument(
         "--reroute-action",
         choices=ACTIONS,
-        default=None,
+        default=argparse.SUPPRESS,
         help="What becomes of tokens that were not kept: 'reroute' lets them come back at the next "
         f"decision, 'remove' drops them for good. Default: {DEFAULT_ACTION}.",
     )
@@ -36,7 +39,7 @@ def add_reroute_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "--reroute-tier",
         type=int,
         choices=TIERS,
-        default=None,
+        default=argparse.SUPPRESS,
         help="Published keep ratios, named by the average number of visual tokens per layer they "
         f"aim at for a 576-token image. Default: {DEFAULT_TIER}.",
     )
@@ -44,20 +47,20 @@ def add_reroute_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "--reroute-budget",
         type=float,
         metavar="AVG",
-        default=None,
+        default=argparse.SUPPRESS,
         help="Instead of a tier: solve for ratios that average AVG visual tokens per layer for a "
         "576-token image, at this model's depth.",
     )
     group.add_argument(
         "--reroute-layers",
         metavar="L1,L2,...",
-        default=None,
+        default=argparse.SUPPRESS,
         help="Instead of a schedule: decision layers (0-based, increasing), e.g. 2,7,15,23.",
     )
     group.add_argument(
         "--reroute-keep",
         metavar="R1,R2,...",
-        default=None,
+        default=argparse.SUPPRESS,
         help="With --reroute-layers: share of the image's visual tokens each stage keeps, e.g. "
         ".45,.45,.225,.1126.",
     )

@@ -40,11 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--model", required=True, help="model id, local folder or short name")
     plan.add_argument(
-        "--block-size", type=int, default=16, help="tokens per KV cache block (default: 16)"
+        "--block-size", type=_positive, default=16, help="tokens per KV cache block (default: 16)"
     )
     plan.add_argument(
         "--text-tokens",
-        type=int,
+        type=_positive,
         default=TYPICAL_TEXT_TOKENS,
         help=f"text tokens of the request (default: {TYPICAL_TEXT_TOKENS})",
     )
@@ -55,9 +55,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
 def _plan(args: argparse.Namespace) -> list[str]:
     from transformers import AutoConfig
 
+    from vllm_reroute.models.architectures import RoutedArchitecture
     from vllm_reroute.models.visual_tokens import visual_tokens_per_image
     from vllm_reroute.report import footprint_lines, schedule_lines
 
@@ -65,7 +73,7 @@ def _plan(args: argparse.Namespace) -> list[str]:
     if not options.active:
         raise ValueError(f"nothing to plan: give --reroute-schedule. Example: {EXAMPLE}")
     model = resolve_model(args.model)
-    config = AutoConfig.from_pretrained(model)
+    config = RoutedArchitecture(None)(AutoConfig.from_pretrained(model))
     text = config.get_text_config()
     schedule = options.resolve(text.num_hidden_layers)
     num_visual = visual_tokens_per_image(config)

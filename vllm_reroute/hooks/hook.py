@@ -58,5 +58,5 @@ class Hook:
             raise RuntimeError(
                 f"vllm_reroute hooks {self.module}.{self.qualname}{self.parameters}, but vLLM "
                 f"{vllm.__version__} has {found or 'no such function'} there. Install the vLLM "
-                "version vllm_reroute was tested with: pip install 'vllm==0.32.*'."
+                "version vllm_reroute was tested with (pip install 'vllm==0.32.*'), or uninstall vllm-reroute."
             )

@@ -37,6 +37,12 @@ SEAMS = (
         ("self", "request", "num_computed_tokens", "num_new_tokens", "encoder_compute_budget"),
     ),
     Seam("vllm.v1.core.sched.scheduler", "Scheduler.add_request", ("self", "request")),
+    Seam("vllm.v1.core.sched.scheduler", "Scheduler._free_request_blocks", ("self", "request")),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager.pop_blocks_for_free",
+        ("self", "request_id"),
+    ),
     Seam(
         "vllm.v1.core.single_type_kv_cache_manager",
         "FullAttentionManager.get_num_blocks_to_allocate",

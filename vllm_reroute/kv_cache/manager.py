@@ -65,6 +65,12 @@ class RoutedAttentionManager(FullAttentionManager):
         super().add_local_computed_blocks(request_id, _flatten(new_computed_blocks), *args)
         self.num_cached_block[request_id] = len(new_computed_blocks)
 
+    def pop_layer_blocks(self, request_id: str) -> list[LayerBlocks]:
+        """Forget the request; its blocks are the caller's to free."""
+        blocks = self.pop_blocks_for_free(request_id)
+        layers = self.num_layers
+        return [tuple(blocks[i : i + layers]) for i in range(0, len(blocks), layers)]
+
     def cache_blocks(
         self,
         request: Request,

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_reroute.kv_cache.manager import RoutedAttentionManager
+from vllm_reroute.logger import reroute_logger
 from vllm_reroute.planning.visual_spans import visual_spans
 from vllm_reroute.report import engine_report
 
-logger = init_logger(__name__)
+logger = reroute_logger(__name__)
 
 
 class RoutedSchedulerMixin:
@@ -27,6 +28,7 @@ class RoutedSchedulerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        assert not self.defer_block_free, "KV connectors are refused at start"
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             assert isinstance(manager, RoutedAttentionManager), type(manager)
             manager.requests = self.requests
@@ -62,6 +64,18 @@ class RoutedSchedulerMixin:
             shift_computed_tokens,
         )
         return postponed if scheduled[1] < missing else scheduled
+
+    def _free_request_blocks(self, request: Request) -> None:
+        """Free from the end, all layers of the same tokens next to each other.
+
+        So an eviction shortens a cached prefix by as many tokens as stock vLLM's would. Group
+        after group, the first group alone would pay for it, and a hit needs every layer.
+        """
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        of_groups = [manager.pop_layer_blocks(request.request_id) for manager in managers]
+        of_tokens = zip_longest(*of_groups, fillvalue=())
+        blocks = [block for groups in of_tokens for layers in groups for block in layers]
+        self.kv_cache_manager.block_pool.free_blocks(reversed(blocks))
 
 
 class RoutedScheduler(RoutedSchedulerMixin, Scheduler):

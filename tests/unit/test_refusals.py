@@ -1,0 +1,178 @@
+"""What a routed engine refuses at start, each with option, value, what is allowed, and a cure."""
+
+import dataclasses
+
+import pytest
+import vllm
+from transformers import AutoConfig, LlamaConfig
+from vllm.config import CompilationConfig, KVEventsConfig, KVTransferConfig
+from vllm.config.ec_transfer import ECTransferConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_reroute.compatibility import ALLOWED_CUDAGRAPH_MODES, REFUSALS, check_arguments, check_config
+from vllm_reroute.config import CONFIG_KEY
+from vllm_reroute.hooks.seams import SEAMS, check_vllm
+
+ROUTED = {CONFIG_KEY: {"schedule": "pdrop"}}
+
+# Engine argument -> a value that is refused, and what of it the message shows.
+BAD_VALUES = {
+    "pipeline_parallel_size": (2, "2"),
+    "decode_context_parallel_size": (2, "2"),
+    "prefill_context_parallel_size": (4, "4"),
+    "speculative_config": ({"method": "ngram", "num_speculative_tokens": 3}, "ngram"),
+    "kv_transfer_config": (
+        KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both"),
+        "KVTransferConfig",
+    ),
+    "kv_events_config": (KVEventsConfig(enable_kv_cache_events=True), "KVEventsConfig"),
+    "kv_offloading_size": (1.5, "1.5"),
+    "ec_transfer_config": (ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_both"), "ECTransferConfig"),
+    "enable_dbo": (True, "True"),
+    "ubatch_size": (2, "2"),
+    "disable_hybrid_kv_cache_manager": (True, "True"),
+    "kv_sharing_fast_prefill": (True, "True"),
+    "enable_lora": (True, "True"),
+    "enable_prompt_embeds": (True, "True"),
+    "enable_mm_embeds": (True, "True"),
+    "long_prefill_token_threshold": (256, "256"),
+    "max_num_scheduled_tokens": (256, "256"),
+    "quantization": ("fp8", "fp8"),
+    "scheduler_cls": ("mine.Scheduler", "mine.Scheduler"),
+    "runner": ("pooling", "pooling"),
+    "kv_cache_dtype": ("fp8", "fp8"),
+}
+
+
+@pytest.fixture
+def engine_args(model_folder):
+    return EngineArgs(model=str(model_folder), max_model_len=512)
+
+
+def test_the_table_is_complete():
+    assert set(BAD_VALUES) == {refusal.option for refusal in REFUSALS}
+
+
+@pytest.mark.parametrize("option,bad,shown", [(option, *value) for option, value in BAD_VALUES.items()])
+def test_refused(engine_args, option, bad, shown):
+    setattr(engine_args, option, bad)
+    (refusal,) = [r for r in REFUSALS if r.option == option]
+    with pytest.raises(ValueError) as refused:
+        check_arguments(engine_args)
+    message = str(refused.value)
+    flag = f"--{option.replace('_', '-')}"
+    for part in (f"{flag} ", shown, refusal.why, f"Allowed: {refusal.allowed}", "or serve without --reroute-schedule"):
+        assert part in message
+    assert refusal.cure in message
+
+
+def test_messages_name_flags_that_exist():
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags = {option for action in parser._actions for option in action.option_strings}
+    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    for refusal in REFUSALS:
+        assert refusal.option in fields
+        assert f"--{refusal.option.replace('_', '-')}" in flags
+
+
+@pytest.mark.parametrize(
+    "option,value",
+    [
+        ("tensor_parallel_size", 2),
+        ("kv_cache_dtype", "bfloat16"),
+        ("runner", "generate"),
+        ("enable_prefix_caching", False),
+        ("enable_chunked_prefill", True),
+        ("dtype", "bfloat16"),
+        ("enforce_eager", True),
+    ],
+)
+def test_accepted(engine_args, option, value):
+    check_arguments(engine_args)
+    setattr(engine_args, option, value)
+    check_arguments(engine_args)
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
+def test_cuda_graphs_of_image_prefills_are_refused(engine_args, mode):
+    engine_args.compilation_config = CompilationConfig(cudagraph_mode=mode)
+    with pytest.raises(ValueError) as refused:
+        check_arguments(engine_args)
+    for part in ("--compilation-config", f"cudagraph_mode {mode}", "Allowed: NONE, FULL_DECODE_ONLY", "Leave it out"):
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize("mode", ALLOWED_CUDAGRAPH_MODES)
+def test_cuda_graphs_of_decodes_are_accepted(engine_args, mode):
+    engine_args.compilation_config = CompilationConfig(cudagraph_mode=mode)
+    check_arguments(engine_args)
+
+
+def test_an_unsupported_architecture_is_refused(tmp_path, model_folder):
+    text = AutoConfig.from_pretrained(model_folder).text_config.to_dict()
+    LlamaConfig(**{**text, "architectures": ["LlamaForCausalLM"]}).save_pretrained(tmp_path)
+    args = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True, additional_config=ROUTED)
+    with pytest.raises(ValueError) as refused:
+        args.create_engine_config()
+    for part in ("--reroute-schedule", "'LlamaForCausalLM'", "LlavaForConditionalGeneration", "without"):
+        assert part in str(refused.value)
+
+
+def test_a_model_too_shallow_is_refused(engine_config):
+    with pytest.raises(ValueError, match="--reroute-layers 2,8 must stay below the model's 8 decoder layers"):
+        engine_config(additional_config={CONFIG_KEY: {"layers": [2, 8], "keep": [0.5, 0.5]}})
+
+
+def test_a_budget_no_image_fits_is_refused(engine_config):
+    """An image of this model has 16 tokens, and a prompt needs one more."""
+    options = {"additional_config": ROUTED, "max_model_len": 512}
+    with pytest.raises(ValueError) as refused:
+        engine_config(max_num_batched_tokens=16, **options)
+    for part in ("--max-num-batched-tokens 16", "up to 16 tokens", "Allowed: more than 16", "34 is a good start"):
+        assert part in str(refused.value)
+    engine_config(max_num_batched_tokens=17, **options)
+
+
+def test_what_only_the_finished_config_shows(engine_config):
+    config = engine_config(additional_config=ROUTED)
+    check_config(config)
+    config.scheduler_config.disable_hybrid_kv_cache_manager = True
+    with pytest.raises(ValueError, match="hybrid KV cache manager off"):
+        check_config(config)
+    config.model_config.quantization = "awq"
+    with pytest.raises(ValueError, match="quantised with 'awq'"):
+        check_config(config)
+
+
+def test_this_vllm_is_the_tested_one():
+    check_vllm()
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.33.1", "1.0.0", "0.320.0"])
+def test_another_version_is_refused(monkeypatch, engine_config, version):
+    monkeypatch.setattr(vllm, "__version__", version)
+    with pytest.raises(RuntimeError) as refused:
+        check_vllm()
+    for part in ("tested with vLLM 0.32.*", f"the version is {version}", "pip install 'vllm==0.32.*'"):
+        assert part in str(refused.value)
+    with pytest.raises(RuntimeError, match=r"tested with vLLM 0\.32"):
+        engine_config(additional_config=ROUTED)
+    engine_config()
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.qualname)
+def test_a_changed_seam_is_refused(monkeypatch, seam):
+    target = f"{seam.module}.{seam.qualname}"
+    monkeypatch.setattr(target, lambda something, other, *more: None)
+    with pytest.raises(RuntimeError) as refused:
+        check_vllm()
+    assert f"{target} takes ('something'" in str(refused.value)
+    assert f"instead of {seam.parameters}" in str(refused.value)
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.qualname)
+def test_a_lost_seam_is_refused(monkeypatch, seam):
+    monkeypatch.delattr(f"{seam.module}.{seam.qualname.split('.')[0]}")
+    with pytest.raises(RuntimeError, match=f"{seam.qualname} is gone"):
+        check_vllm()
