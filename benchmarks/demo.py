@@ -52,11 +52,16 @@ class Measured:
 
 def main() -> None:
     args = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Unwinds, so that the server is stopped.
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # Unwinds, so that the server is stopped.
     try:
         model = args.model or default_model()
         picture = photo(args.photo)
-        print(f"Photo: {picture.name} ({picture.source}; {picture.licence})\nQuestion: {args.question}\n", flush=True)
+        print(
+            f"Photo: {picture.name} ({picture.source}; {picture.licence})\nQuestion: {args.question}\n",
+            flush=True,
+        )
         flags = routing_flags(args)
         routed = measure("routed", model, flags, picture, args)
         print(f"Answer (routed): {routed.answer}\n", flush=True)
@@ -73,14 +78,22 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a LLaVA-1.5 checkpoint folder; default: a small one made here")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, help="a LLaVA-1.5 checkpoint folder; default: a small one made here"
+    )
     parser.add_argument("--schedule", default="pdrop", help="routing schedule (default: pdrop)")
     parser.add_argument("--tier", type=int, default=192, help="published tier (default: 192)")
     parser.add_argument("--photo", default="astronaut", choices=[each.name for each in PHOTOS])
     parser.add_argument("--question", default="What is shown in this image?")
-    parser.add_argument("--repeats", type=int, default=5, help="timed requests per server (default: 5)")
-    parser.add_argument("--start-limit", type=float, default=600, help="seconds a server may take to start")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed requests per server (default: 5)"
+    )
+    parser.add_argument(
+        "--start-limit", type=float, default=600, help="seconds a server may take to start"
+    )
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats} must be 1 or more.")
@@ -102,13 +115,20 @@ def serve_flags() -> list[str]:
         "--kv-cache-memory-bytes": str(POOL_BYTES),
         "--mm-processor-cache-gb": "0",
     }
-    return [word for pair in flags.items() for word in pair] + ["--enforce-eager", "--no-enable-prefix-caching"]
+    return [word for pair in flags.items() for word in pair] + [
+        "--enforce-eager",
+        "--no-enable-prefix-caching",
+    ]
 
 
-def measure(name: str, model: Path, flags: list[str], picture: Photo, args: argparse.Namespace) -> Measured:
+def measure(
+    name: str, model: Path, flags: list[str], picture: Photo, args: argparse.Namespace
+) -> Measured:
     """Starts a server, asks once for the answer and KV use, then `repeats` times for time to first token."""
     with LocalServer(name, model, [*serve_flags(), *flags], args.start_limit) as server:
-        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=300)
+        client = openai.OpenAI(
+            base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=300
+        )
         # The first request compiles and fills allocators; its time is discarded.
         words, used = [], 0.0
         for word in ask(client, picture, args.question, ANSWER_TOKENS):
@@ -162,9 +182,13 @@ def stage_table(model: Path, schedule: str, tier: int) -> list[str]:
 
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     visual = (config["vision_config"]["image_size"] // config["vision_config"]["patch_size"]) ** 2
-    resolved = RerouteOptions(schedule=schedule, tier=tier).resolve(config["text_config"]["num_hidden_layers"])
+    resolved = RerouteOptions(schedule=schedule, tier=tier).resolve(
+        config["text_config"]["num_hidden_layers"]
+    )
     lines = [f"{'stage':<8}{'decoder layers':>16}{'visual tokens':>16}"]
-    for number, (stage, kept) in enumerate(zip(resolved.stages, resolved.kept_per_stage(visual), strict=True)):
+    for number, (stage, kept) in enumerate(
+        zip(resolved.stages, resolved.kept_per_stage(visual), strict=True)
+    ):
         layers = f"{stage.first_layer}-{stage.end_layer - 1}"
         lines.append(f"{number:<8}{layers:>16}{kept:>16}")
     return [*lines, f"{'average':<8}{'':>16}{resolved.average(visual):>16.1f}", ""]

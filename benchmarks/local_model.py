@@ -27,7 +27,12 @@ from transformers import (
     Qwen2Config,
 )
 
-from benchmarks.local_tokenizer import VOCABULARY_SIZE, image_token_id, make_processor, word_token_ids
+from benchmarks.local_tokenizer import (
+    VOCABULARY_SIZE,
+    image_token_id,
+    make_processor,
+    word_token_ids,
+)
 from benchmarks.seeded_weights import fill_weights
 
 MODELS = Path(__file__).resolve().parent.parent / ".local" / "models"
@@ -71,7 +76,9 @@ class LlavaShape:
 
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES:
-            raise ValueError(f"backbone={self.backbone!r} is unknown. Choose one of: {', '.join(BACKBONES)}.")
+            raise ValueError(
+                f"backbone={self.backbone!r} is unknown. Choose one of: {', '.join(BACKBONES)}."
+            )
         if self.hidden_size % self.heads or self.hidden_size // self.heads not in HEAD_SIZES:
             raise ValueError(
                 f"hidden_size={self.hidden_size} with heads={self.heads} gives no head size that vLLM supports on CPU. "
@@ -80,9 +87,13 @@ class LlavaShape:
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}.")
         if self.image_size % self.patch_size:
-            raise ValueError(f"patch_size={self.patch_size} must divide image_size={self.image_size}.")
+            raise ValueError(
+                f"patch_size={self.patch_size} must divide image_size={self.image_size}."
+            )
         if self.vision_layers < 2:
-            raise ValueError(f"vision_layers={self.vision_layers} is too few: the layer before the last is read.")
+            raise ValueError(
+                f"vision_layers={self.vision_layers} is too few: the layer before the last is read."
+            )
 
     @property
     def visual_tokens(self) -> int:
@@ -135,7 +146,9 @@ def build_local_model(path: Path | str, shape: LlavaShape) -> Path:
     if _marker(path) == wanted:
         return path
     if path.exists() and _marker(path) is None:
-        raise ValueError(f"{path} exists and was not made by this program. Name another folder, or remove it.")
+        raise ValueError(
+            f"{path} exists and was not made by this program. Name another folder, or remove it."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -171,10 +184,15 @@ def _save(folder: Path, shape: LlavaShape) -> None:
     started = time.perf_counter()
     model = LlavaForConditionalGeneration(make_config(shape))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    _say(f"making a LLaVA of {shape.text_layers} layers and {parameters / 1e6:.1f} M random weights")
+    _say(
+        f"making a LLaVA of {shape.text_layers} layers and {parameters / 1e6:.1f} M random weights"
+    )
     fill_weights(model, shape.seed, word_token_ids())
     weights = model.to(getattr(torch, shape.dtype)).state_dict()
-    save_file({_published_name(name): weight for name, weight in weights.items()}, folder / "model.safetensors")
+    save_file(
+        {_published_name(name): weight for name, weight in weights.items()},
+        folder / "model.safetensors",
+    )
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     make_processor(shape.image_size, shape.patch_size).save_pretrained(folder)
@@ -234,9 +252,13 @@ def _say(line: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=sorted(SHAPES), help="default: the demo's model")
-    parser.add_argument("--out", type=Path, help="folder to make; default: .local/models/SHAPE-llava")
+    parser.add_argument(
+        "--out", type=Path, help="folder to make; default: .local/models/SHAPE-llava"
+    )
     args = parser.parse_args()
     if args.shape is None:
         print(build_local_model(args.out, DEMO) if args.out else default_model())

@@ -31,7 +31,9 @@ class LocalServer:
         openai.OpenAI(base_url=server.url + "/v1", api_key="none")
     """
 
-    def __init__(self, name: str, model: Path | str, arguments: list[str], start_limit_s: float = 600):
+    def __init__(
+        self, name: str, model: Path | str, arguments: list[str], start_limit_s: float = 600
+    ):
         self.name = name
         self.model = str(model)
         self.arguments = arguments
@@ -43,7 +45,15 @@ class LocalServer:
     def __enter__(self) -> "LocalServer":
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [str(vllm_command()), "serve", self.model, "--host", "127.0.0.1", "--port", str(port)]
+        command = [
+            str(vllm_command()),
+            "serve",
+            self.model,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
         LOGS.mkdir(parents=True, exist_ok=True)
         with self.log.open("w", encoding="utf-8") as log:
             # A session of its own: Ctrl-C reaches this program alone, which then stops the whole group.
@@ -129,12 +139,20 @@ class LocalServer:
             return False
 
     def _lines(self) -> list[str]:
-        return [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        return [
+            line
+            for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.strip()
+        ]
 
     def _last_line(self) -> str:
         """What the server said last, without vLLM's prefix of process, time and source line."""
         told = [line for line in self._lines() if " INFO " in line]
-        line = re.sub(r"^.*? INFO \S+ \S+ (\[[^]]*\] )?", "", told[-1]).strip() if told else "importing vLLM"
+        line = (
+            re.sub(r"^.*? INFO \S+ \S+ (\[[^]]*\] )?", "", told[-1]).strip()
+            if told
+            else "importing vLLM"
+        )
         return line if len(line) <= LOG_LINE_LIMIT else line[: LOG_LINE_LIMIT - 1] + "…"
 
     def _last_errors(self) -> str:
@@ -159,5 +177,7 @@ def vllm_command() -> Path:
     """The `vllm` command of the environment this program runs in."""
     command = Path(sys.executable).with_name("vllm")
     if not command.exists():
-        raise RuntimeError(f"{sys.executable} has no `vllm` command beside it. Run `make demo`, or `make setup` first.")
+        raise RuntimeError(
+            f"{sys.executable} has no `vllm` command beside it. Run `make demo`, or `make setup` first."
+        )
     return command

@@ -58,7 +58,9 @@ def trained_tokenizer() -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE,
         min_frequency=1,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        special_tokens=[
+            AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS
+        ],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -74,7 +76,9 @@ def word_token_ids() -> list[int]:
     """Tokens that are a whole word with the space before it, or a mark; answers made of them can be read."""
     words = {"Ġ" + word for word in re.findall("[A-Za-z]+", TEXT)}
     marks = {".", ","}
-    return sorted(i for token, i in trained_tokenizer().get_vocab().items() if token in words | marks)
+    return sorted(
+        i for token, i in trained_tokenizer().get_vocab().items() if token in words | marks
+    )
 
 
 def image_token_id() -> int:

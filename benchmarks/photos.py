@@ -31,9 +31,17 @@ class Photo:
 
 
 PHOTOS: tuple[Photo, ...] = (
-    Photo(name="astronaut", source="Eileen Collins, NASA Great Images database", licence="public domain"),
+    Photo(
+        name="astronaut",
+        source="Eileen Collins, NASA Great Images database",
+        licence="public domain",
+    ),
     Photo(name="chelsea", source="the cat Chelsea, by Stefan van der Walt", licence="CC0"),
-    Photo(name="coffee", source="coffee cup, by Rachel Michetti for Pikolo Espresso Bar", licence="CC0"),
+    Photo(
+        name="coffee",
+        source="coffee cup, by Rachel Michetti for Pikolo Espresso Bar",
+        licence="CC0",
+    ),
     Photo(name="rocket", source="launch of a Falcon 9, by SpaceX", licence="public domain"),
 )
 
@@ -43,4 +51,6 @@ def photo(name: str) -> Photo:
     for candidate in PHOTOS:
         if candidate.name == name:
             return candidate
-    raise ValueError(f"There is no photograph {name!r}. Choose one of: {', '.join(each.name for each in PHOTOS)}.")
+    raise ValueError(
+        f"There is no photograph {name!r}. Choose one of: {', '.join(each.name for each in PHOTOS)}."
+    )

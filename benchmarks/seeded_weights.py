@@ -76,7 +76,9 @@ def normalise_visual_tokens(model: nn.Module, seed: int) -> None:
     clouds = torch.zeros(8, 3, size, size)
     for grid in (2, 4, 8, 16, 32):
         noise = torch.randn(8, 3, grid, grid, generator=generator)
-        clouds += nn.functional.interpolate(noise, size=(size, size), mode="bilinear") * (2 / grid) ** 0.5
+        clouds += (
+            nn.functional.interpolate(noise, size=(size, size), mode="bilinear") * (2 / grid) ** 0.5
+        )
     strategy = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
     features = model.get_image_features(pixel_values=clouds, **strategy).pooler_output
     features = torch.cat(list(features)).flatten(0, -2)

@@ -57,7 +57,9 @@ def report_missing_torchcodec_library(utils: ModuleType) -> None:
         try:
             load()
         except OSError as error:
-            raise ImportError("torchcodec's compiled half does not load beside this build of PyTorch.") from error
+            raise ImportError(
+                "torchcodec's compiled half does not load beside this build of PyTorch."
+            ) from error
 
     utils.load_image_library = load_or_import_error
 
@@ -73,7 +75,9 @@ CURES: dict[str, Callable[[ModuleType], None]] = {
 class CuringFinder:
     """Meta path finder: finds the modules in CURES as usual and cures each right after it was executed."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ):
         if name not in CURES:
             return None
         from importlib.machinery import PathFinder

@@ -134,7 +134,9 @@ def _check_image_fits_one_step(vllm_config: VllmConfig) -> None:
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.encoder_budget import MultiModalBudget
 
-    tokens = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY, enable_cache=False).mm_max_toks_per_item
+    tokens = MultiModalBudget(
+        vllm_config, MULTIMODAL_REGISTRY, enable_cache=False
+    ).mm_max_toks_per_item
     needed = tokens.get("image", 0) + 1
     if needed > budget:
         raise ValueError(

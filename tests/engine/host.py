@@ -115,7 +115,9 @@ def _drop(llm: Any) -> None:
 
 def _picklable(error: BaseException) -> BaseException:
     notes = "\n".join(getattr(error, "__notes__", ()))
-    kind = type(error) if type(error) in (ValueError, RuntimeError, AssertionError) else RuntimeError
+    kind = (
+        type(error) if type(error) in (ValueError, RuntimeError, AssertionError) else RuntimeError
+    )
     if isinstance(error, ValueError):
         kind = ValueError
     plain = kind(str(error))

@@ -23,23 +23,32 @@ class OracleAnswers:
         self._oracles: dict[Any, RoutedOracle] = {}
         self._results: dict[Any, OracleResult] = {}
 
-    def result(self, model: str, schedule: RoutingSchedule, ask: Ask, prompt: list[int]) -> OracleResult:
+    def result(
+        self, model: str, schedule: RoutingSchedule, ask: Ask, prompt: list[int]
+    ) -> OracleResult:
         """prompt: the token ids the engine saw, placeholders expanded."""
         key = (model, schedule.action, schedule.layers, schedule.keep)
         if key not in self._oracles:
             self._oracles[key] = RoutedOracle(
-                self._models[model], action=schedule.action, layers=schedule.layers, keep=schedule.keep
+                self._models[model],
+                action=schedule.action,
+                layers=schedule.layers,
+                keep=schedule.keep,
             )
         request = (key, ask.text, ask.images, tuple(prompt))
         if request not in self._results:
             pixels = None
             if ask.images:
                 processor = AutoProcessor.from_pretrained(self._models[model])
-                pixels = processor.image_processor(ask.pictures(), return_tensors="pt")["pixel_values"]
+                pixels = processor.image_processor(ask.pictures(), return_tensors="pt")[
+                    "pixel_values"
+                ]
             self._results[request] = self._oracles[key].run(prompt, pixels, ask.max_tokens)
         return self._results[request]
 
-    def check(self, model: str, schedule: RoutingSchedule, ask: Ask, answer: Answer) -> OracleResult:
+    def check(
+        self, model: str, schedule: RoutingSchedule, ask: Ask, answer: Answer
+    ) -> OracleResult:
         """Tokens, log-probabilities, decisions and the oracle's own K/V lengths."""
         result = self.result(model, schedule, ask, answer.prompt_token_ids)
         assert answer.token_ids == result.token_ids
@@ -60,6 +69,8 @@ class OracleAnswers:
         text = len(answer.prompt_token_ids) - visual + len(answer.token_ids) - 1
         kept = schedule.kept_per_stage(visual)
         expected = [
-            text + k for stage, k in zip(schedule.stages, kept, strict=True) for _ in range(stage.num_layers)
+            text + k
+            for stage, k in zip(schedule.stages, kept, strict=True)
+            for _ in range(stage.num_layers)
         ]
         assert result.kv_lens == expected

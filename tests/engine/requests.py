@@ -51,7 +51,9 @@ ONE_IMAGE = Ask("USER: <image>\nWhat is shown in this image? ASSISTANT:", (0,))
 OTHER_IMAGE = Ask("USER: <image>\nDescribe the photo in one sentence, please. ASSISTANT:", (1,))
 TWO_IMAGES = Ask("USER: first <image> and then <image>\nwhich has the cat? ASSISTANT:", (2, 1))
 TEXT_ONLY = Ask("USER: Count the birds over the field and name the season. ASSISTANT:")
-LONG_TEXT = Ask("USER: " + "First count what lies above, below and around each object. " * 12 + "ASSISTANT:")
+LONG_TEXT = Ask(
+    "USER: " + "First count what lies above, below and around each object. " * 12 + "ASSISTANT:"
+)
 MIXED = (ONE_IMAGE, TEXT_ONLY, TWO_IMAGES, LONG_TEXT, OTHER_IMAGE)
 
 

@@ -23,7 +23,13 @@ from vllm_reroute.kv_cache.footprint import RequestFootprint
 
 OPTIONS: dict[str, Any] = {"layers": [1, 3, 6], "keep": [0.5, 0.1, 0.8]}
 SCHEDULE: RoutingSchedule = RerouteOptions.from_mapping(OPTIONS).resolve(8)
-MANY = (*MIXED, *(replace(ask, text=f"SYSTEM: {'be kind ' * (3 + i)}{ask.text}") for i, ask in enumerate(MIXED)))
+MANY = (
+    *MIXED,
+    *(
+        replace(ask, text=f"SYSTEM: {'be kind ' * (3 + i)}{ask.text}")
+        for i, ask in enumerate(MIXED)
+    ),
+)
 
 
 def stepwise(llm: Any, asks: tuple[Ask, ...], every: int) -> dict[str, Any]:
@@ -34,11 +40,15 @@ def stepwise(llm: Any, asks: tuple[Ask, ...], every: int) -> dict[str, Any]:
         while pending or engine.has_unfinished_requests():
             if pending and steps % every == 0:
                 index, ask = pending.pop(0)
-                engine.add_request(str(index), llm._preprocess_cmpl([ask.prompt()])[0], ask.sampling_params())
+                engine.add_request(
+                    str(index), llm._preprocess_cmpl([ask.prompt()])[0], ask.sampling_params()
+                )
             for output in engine.step():
                 if output.finished:
                     finished[output.request_id.split("-")[0]] = output
-            preempted |= {r.request_id for r in scheduler_of(llm).requests.values() if r.num_preemptions}
+            preempted |= {
+                r.request_id for r in scheduler_of(llm).requests.values() if r.num_preemptions
+            }
             steps += 1
     return {
         "tokens": [list(finished[str(i)].outputs[0].token_ids) for i in range(len(asks))],
@@ -49,7 +59,9 @@ def stepwise(llm: Any, asks: tuple[Ask, ...], every: int) -> dict[str, Any]:
     }
 
 
-def check_against_oracle(oracles: OracleAnswers, asks: tuple[Ask, ...], seen: dict[str, Any]) -> None:
+def check_against_oracle(
+    oracles: OracleAnswers, asks: tuple[Ask, ...], seen: dict[str, Any]
+) -> None:
     for ask, tokens, prompt in zip(asks, seen["tokens"], seen["prompts"], strict=True):
         expected = oracles.result("grouped", SCHEDULE, ask, prompt)
         assert tokens == expected.token_ids
@@ -57,7 +69,9 @@ def check_against_oracle(oracles: OracleAnswers, asks: tuple[Ask, ...], seen: di
             assert seen["decisions"][len(prompt)] == expected.selected
 
 
-def test_prefills_join_running_decodes(host: EngineHost, models: Any, oracles: OracleAnswers) -> None:
+def test_prefills_join_running_decodes(
+    host: EngineHost, models: Any, oracles: OracleAnswers
+) -> None:
     """Image prefills, chunked text prefills and decodes share steps."""
     host.engine(**engine_args(models["grouped"], OPTIONS, max_num_batched_tokens=200))
     before = host.call(free_blocks)
@@ -73,7 +87,11 @@ def test_preempted_requests_repeat_their_decisions(
     long = tuple(replace(ask, max_tokens=96) for ask in MANY)
     # K and V of 32 tokens, 2 heads of 32 values, fp32: a block of one layer.
     block_bytes = 32 * 2 * 2 * 32 * 4
-    host.engine(**engine_args(models["grouped"], OPTIONS, kv_cache_memory_bytes=260 * block_bytes, max_model_len=480))
+    host.engine(
+        **engine_args(
+            models["grouped"], OPTIONS, kv_cache_memory_bytes=260 * block_bytes, max_model_len=480
+        )
+    )
     before = host.call(free_blocks)
     seen = host.call(stepwise, long, every=1)
     assert seen["preempted"] >= 2
@@ -83,7 +101,10 @@ def test_preempted_requests_repeat_their_decisions(
 
 def shared_prefix_hits(llm: Any) -> tuple[list[list[int]], int]:
     """Two long texts with a common start, one after the other: tokens, and tokens read from cache."""
-    first, second = LONG_TEXT, replace(LONG_TEXT, text=LONG_TEXT.text + " Now again, please: ASSISTANT:")
+    first, second = (
+        LONG_TEXT,
+        replace(LONG_TEXT, text=LONG_TEXT.text + " Now again, please: ASSISTANT:"),
+    )
     tokens, cached = [], 0
     for ask in (first, second):
         output = llm.generate([ask.prompt()], ask.sampling_params(), use_tqdm=False)[0]

@@ -60,7 +60,9 @@ def test_tensor_parallel_agrees_with_oracle(models: Any, oracles: OracleAnswers)
         host.close()
 
 
-def bf16_errors(host: EngineHost, model: Any, options: dict[str, Any] | None) -> tuple[list[float], list[float]]:
+def bf16_errors(
+    host: EngineHost, model: Any, options: dict[str, Any] | None
+) -> tuple[list[float], list[float]]:
     """Log-probability errors against the oracle in bf16 along the engine's own tokens, and the
     share of each decision's kept tokens that both agree on."""
     schedule = RerouteOptions.from_mapping(options).resolve(8) if options else None
@@ -77,7 +79,9 @@ def bf16_errors(host: EngineHost, model: Any, options: dict[str, Any] | None) ->
     errors, agreement = [], []
     for ask, answer in zip(asks, host.call(generate, asks), strict=True):
         pixels = processor.image_processor(ask.pictures(), return_tensors="pt")["pixel_values"]
-        result = oracle.run(answer.prompt_token_ids, pixels, ask.max_tokens, forced_token_ids=answer.token_ids)
+        result = oracle.run(
+            answer.prompt_token_ids, pixels, ask.max_tokens, forced_token_ids=answer.token_ids
+        )
         errors += [
             abs(logprob - result.logprobs[step, token].item())
             for step, logprobs in enumerate(answer.logprobs)
@@ -92,6 +96,8 @@ def test_bf16_errs_little_more_than_the_dense_model(v1: EngineHost, models: Any)
     """Rounding flips near-ties, so decisions nearly agree, and answers stay close."""
     dense, _ = bf16_errors(v1, models["grouped"], None)
     routed, agreement = bf16_errors(v1, models["grouped"], MILD)
-    print(f"bf16 mean error: dense {fmean(dense):.4f}, routed {fmean(routed):.4f}; agreement {agreement}")
+    print(
+        f"bf16 mean error: dense {fmean(dense):.4f}, routed {fmean(routed):.4f}; agreement {agreement}"
+    )
     assert min(agreement) >= 0.9
     assert fmean(routed) < 5 * fmean(dense)

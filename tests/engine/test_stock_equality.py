@@ -43,7 +43,9 @@ def test_keeping_everything_equals_stock_vllm(host: EngineHost, models: Any) -> 
     """The machinery alone: ratios of 1 keep every token, and answers stay the dense ones."""
     host.engine(**engine_args(models["grouped"], None, block_size=32))
     stock = host.call(generate, MIXED)
-    host.engine(**engine_args(models["grouped"], {"layers": [2, 5], "keep": [1.0, 1.0]}, block_size=32))
+    host.engine(
+        **engine_args(models["grouped"], {"layers": [2, 5], "keep": [1.0, 1.0]}, block_size=32)
+    )
     for ask, one, other in zip(MIXED, stock, host.call(generate, MIXED), strict=True):
         assert one.token_ids == other.token_ids
         if ask.images:

@@ -46,7 +46,9 @@ class Decoder:
         self._rotary = text_model.rotary_emb
         self.layers = text_model.layers
 
-    def project(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, layer: int, hidden: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of a layer's input: norm, projection, q/k norm if any, rope.
 
         Returns q [heads, tokens, dim] and k, v [kv_heads, tokens, dim].

@@ -81,7 +81,9 @@ def test_dense_equals_generate(checkpoint, family, prompt, num_images):
 def test_routed_equals_masked_transformers(checkpoint, family, action):
     schedule = {"action": action, **RISING}
     result = oracle(checkpoint, family=family, **schedule).run(TWO_IMAGES, images(2), NEW)
-    logprobs, selected = masked_forward(plain(checkpoint, family), TWO_IMAGES, result.token_ids, images(2), **schedule)
+    logprobs, selected = masked_forward(
+        plain(checkpoint, family), TWO_IMAGES, result.token_ids, images(2), **schedule
+    )
     assert result.selected == selected
     assert result.token_ids == logprobs.argmax(dim=-1).tolist()
     close(result.logprobs, logprobs)
@@ -257,7 +259,9 @@ def test_forced_tokens_are_fed(checkpoint):
     assert forced.token_ids == other
     assert forced.selected == free.selected
     close(forced.logprobs[0], free.logprobs[0])
-    expect, _ = masked_forward(plain(checkpoint), PROMPT, other, images(1), action="reroute", **RISING)
+    expect, _ = masked_forward(
+        plain(checkpoint), PROMPT, other, images(1), action="reroute", **RISING
+    )
     close(forced.logprobs, expect)
 
 

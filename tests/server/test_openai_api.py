@@ -28,7 +28,9 @@ VISUAL = 64
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_local_model(tmp_path_factory.mktemp("served") / "tiny-llava", replace(TINY, image_size=112))
+    return build_local_model(
+        tmp_path_factory.mktemp("served") / "tiny-llava", replace(TINY, image_size=112)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,9 @@ def server(model: Path) -> Iterator[LocalServer]:
         "--served-model-name": "tiny-llava",
     }
     words = [word for pair in flags.items() for word in pair]
-    with LocalServer("test-routed", model, [*words, "--enforce-eager"], start_limit_s=300) as server:
+    with LocalServer(
+        "test-routed", model, [*words, "--enforce-eager"], start_limit_s=300
+    ) as server:
         yield server
 
 
@@ -53,10 +57,15 @@ def client(server: LocalServer) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
-def messages(text: str, photos: tuple[int, ...] = (), image: bytes | None = None) -> list[dict[str, Any]]:
+def messages(
+    text: str, photos: tuple[int, ...] = (), image: bytes | None = None
+) -> list[dict[str, Any]]:
     pictures = [PHOTOS[i].jpeg for i in photos] if image is None else [image]
     parts: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(p).decode()}"}}
+        {
+            "type": "image_url",
+            "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(p).decode()}"},
+        }
         for p in pictures
     ]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
@@ -137,7 +146,10 @@ def test_startup_log_states_the_schedule(server: LocalServer, client: openai.Ope
     [
         (["--reroute-schedule", "nosuch"], "invalid choice: 'nosuch' (choose from "),
         (["--reroute-tier", "64"], "--reroute-tier 64 needs a schedule"),
-        (["--reroute-schedule", "pdrop", "--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 cannot be"),
+        (
+            ["--reroute-schedule", "pdrop", "--pipeline-parallel-size", "2"],
+            "--pipeline-parallel-size 2 cannot be",
+        ),
     ],
     ids=["unknown-schedule", "tier-alone", "pipeline-parallel"],
 )

@@ -17,7 +17,12 @@ def engine_config(model_folder):
     from vllm.engine.arg_utils import EngineArgs
 
     def make(**arguments):
-        arguments = {"max_model_len": 1024, "max_num_batched_tokens": 1024, "max_num_seqs": 16, **arguments}
+        arguments = {
+            "max_model_len": 1024,
+            "max_num_batched_tokens": 1024,
+            "max_num_seqs": 16,
+            **arguments,
+        }
         return EngineArgs(model=str(model_folder), **arguments).create_engine_config()
 
     return make

@@ -22,7 +22,13 @@ VISUAL = TINY.visual_tokens
 """Visual tokens of one image of the model in `model_folder`."""
 
 
-def feature(offset: int, length: int, is_embed: Sequence[int] | None = None, modality: str = "image", name: str = ""):
+def feature(
+    offset: int,
+    length: int,
+    is_embed: Sequence[int] | None = None,
+    modality: str = "image",
+    name: str = "",
+):
     """One image whose placeholder is [offset, offset + length); `is_embed` marks what gets an embedding."""
     mask = None if is_embed is None else torch.tensor(is_embed, dtype=torch.bool)
     return MultiModalFeatureSpec(
@@ -51,7 +57,9 @@ def make_request(
     tokens = list(range(prompt)) if isinstance(prompt, int) else list(prompt)
     for image in images:
         first = image.mm_position.offset
-        tokens[first : first + image.mm_position.length] = [image_token_id()] * image.mm_position.length
+        tokens[first : first + image.mm_position.length] = [
+            image_token_id()
+        ] * image.mm_position.length
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     return Request(
         request_id=name,
@@ -89,7 +97,9 @@ def layer_specs(
 
 def kv_cache_config(schedule: RoutingSchedule, num_blocks: int, **shape: object) -> KVCacheConfig:
     """The groups vLLM makes of `layer_specs` (test_kv_groups.py), over a pool of `num_blocks`."""
-    groups = [KVCacheGroupSpec([name], spec) for name, spec in layer_specs(schedule, **shape).items()]
+    groups = [
+        KVCacheGroupSpec([name], spec) for name, spec in layer_specs(schedule, **shape).items()
+    ]
     return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
 
 

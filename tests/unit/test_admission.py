@@ -18,7 +18,9 @@ IMAGE = feature(5, VISUAL)
 @pytest.fixture(scope="module")
 def vllm_config(engine_config):
     return engine_config(
-        max_num_batched_tokens=BUDGET, max_model_len=512, additional_config={"reroute": {"schedule": "pdrop"}}
+        max_num_batched_tokens=BUDGET,
+        max_model_len=512,
+        additional_config={"reroute": {"schedule": "pdrop"}},
     )
 
 
@@ -58,8 +60,14 @@ def test_accepted(accepted, vllm_config):
 @pytest.mark.parametrize(
     "refused,words",
     [
-        (request(BUDGET + 1, [IMAGE]), ["65 tokens", "at most 64", "--max-num-batched-tokens 65 or more", "fewer"]),
-        (request(5 + VISUAL, [IMAGE]), ["ends with an image", "must be text", "Put the question after"]),
+        (
+            request(BUDGET + 1, [IMAGE]),
+            ["65 tokens", "at most 64", "--max-num-batched-tokens 65 or more", "fewer"],
+        ),
+        (
+            request(5 + VISUAL, [IMAGE]),
+            ["ends with an image", "must be text", "Put the question after"],
+        ),
         (request(30, [IMAGE], prompt_logprobs=0), ["prompt_logprobs", "Leave prompt_logprobs out"]),
         (
             request(30, [IMAGE], prompt_logprob_token_ids=[[1]]),

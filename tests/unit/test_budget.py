@@ -20,7 +20,13 @@ def totals(first_layer, depth, count):
     """Sums over layers that a schedule can reach: both ends and `count` random ones."""
     lowest, highest = first_layer * VISUAL + depth - first_layer, depth * VISUAL
     rng = random.Random(depth)
-    return [lowest, lowest + 1, highest - 1, highest, *(rng.randint(lowest, highest) for _ in range(count))]
+    return [
+        lowest,
+        lowest + 1,
+        highest - 1,
+        highest,
+        *(rng.randint(lowest, highest) for _ in range(count)),
+    ]
 
 
 def solve(name, action, depth, average):
@@ -49,7 +55,10 @@ def test_other_shapes_meet_the_average_exactly(name, action, depth):
         for stage, count in zip(schedule.stages[1:], kept, strict=True):
             layers_of[count] += stage.num_layers
         free = kept[-1] > 1 and kept[0] < VISUAL and len(layers_of) >= 3
-        assert error <= (math.gcd(*layers_of.values()) // 2 if free else depth / 2), (total / depth, kept)
+        assert error <= (math.gcd(*layers_of.values()) // 2 if free else depth / 2), (
+            total / depth,
+            kept,
+        )
 
 
 @pytest.mark.parametrize("name,action", SHAPED)
@@ -74,11 +83,15 @@ def test_the_schedule_keeps_its_shape(name, action, shape):
 
 @pytest.mark.parametrize("name,action", FLAT + SHAPED)
 def test_more_budget_never_keeps_less(name, action):
-    totals = [sum(solve(name, action, 32, average).kept_per_stage()) for average in range(60, 577, 12)]
+    totals = [
+        sum(solve(name, action, 32, average).kept_per_stage()) for average in range(60, 577, 12)
+    ]
     assert totals == sorted(totals)
 
 
-@pytest.mark.parametrize("name,action,lowest", [("fastv", "remove", "54.9"), ("pdrop", "reroute", "36.9")])
+@pytest.mark.parametrize(
+    "name,action,lowest", [("fastv", "remove", "54.9"), ("pdrop", "reroute", "36.9")]
+)
 @pytest.mark.parametrize("average", [0, 20, 576.5, 1e9, -1])
 def test_out_of_reach_is_refused_with_the_range(name, action, lowest, average):
     with pytest.raises(ValueError) as refused:

@@ -59,11 +59,15 @@ def test_plan(capsys, model, words, options):
     table = [line.split() for line in out if re.fullmatch(r" +\d+ +\d+-\d+ .*", line)]
     assert [(int(row[0]), row[1], int(row[3])) for row in table] == [
         (i, f"{stage.first_layer}-{stage.end_layer - 1}", kept)
-        for i, (stage, kept) in enumerate(zip(schedule.stages, schedule.kept_per_stage(VISUAL), strict=True))
+        for i, (stage, kept) in enumerate(
+            zip(schedule.stages, schedule.kept_per_stage(VISUAL), strict=True)
+        )
     ]
 
 
-@pytest.mark.parametrize("words,block_size,num_text", [([], 16, 104), (["--block-size", "32"], 32, 104)])
+@pytest.mark.parametrize(
+    "words,block_size,num_text", [([], 16, 104), (["--block-size", "32"], 32, 104)]
+)
 def test_plan_states_the_bytes(capsys, model, words, block_size, num_text):
     code, out, _ = run(capsys, "plan", "--model", model, "--reroute-schedule", "pdrop", *words)
     footprint = RequestFootprint(
@@ -75,12 +79,25 @@ def test_plan_states_the_bytes(capsys, model, words, block_size, num_text):
     )
     numbers = [float(number) for line in out for number in re.findall(r"([\d.]+) MiB", line)]
     assert code == 0
-    assert numbers == pytest.approx([footprint.dense_bytes / 2**20, footprint.routed_bytes / 2**20], abs=5e-4)
-    assert any(f"{VISUAL} visual + {num_text} text tokens, blocks of {block_size}" in line for line in out)
+    assert numbers == pytest.approx(
+        [footprint.dense_bytes / 2**20, footprint.routed_bytes / 2**20], abs=5e-4
+    )
+    assert any(
+        f"{VISUAL} visual + {num_text} text tokens, blocks of {block_size}" in line for line in out
+    )
 
 
 def test_plan_of_a_longer_request(capsys, model):
-    words = ["plan", "--model", model, "--reroute-layers", "2,8", "--reroute-keep", ".5,.25", "--text-tokens"]
+    words = [
+        "plan",
+        "--model",
+        model,
+        "--reroute-layers",
+        "2,8",
+        "--reroute-keep",
+        ".5,.25",
+        "--text-tokens",
+    ]
     assert "64 visual + 10 text" in "\n".join(run(capsys, *words, "10")[1])
     assert "64 visual + 999 text" in "\n".join(run(capsys, *words, "999")[1])
 
@@ -91,8 +108,14 @@ def test_plan_of_a_longer_request(capsys, model):
         ([], "give --reroute-schedule"),
         (["--reroute-schedule", "none"], "give --reroute-schedule"),
         (["--reroute-tier", "64"], "--reroute-tier 64 needs a schedule"),
-        (["--reroute-schedule", "pdrop", "--reroute-tier", "64", "--reroute-budget", "90"], "exclude each other"),
-        (["--reroute-schedule", "pdrop", "--reroute-budget", "3"], "--reroute-budget 3 cannot be met"),
+        (
+            ["--reroute-schedule", "pdrop", "--reroute-tier", "64", "--reroute-budget", "90"],
+            "exclude each other",
+        ),
+        (
+            ["--reroute-schedule", "pdrop", "--reroute-budget", "3"],
+            "--reroute-budget 3 cannot be met",
+        ),
         (["--reroute-layers", "2,16", "--reroute-keep", ".5,.5"], "must stay below the model's 16"),
         (["--reroute-layers", "4,2", "--reroute-keep", ".5,.5"], "strictly increasing"),
         (["--reroute-layers", "2", "--reroute-keep", "1.5"], "(0, 1]"),
@@ -113,7 +136,9 @@ def test_a_model_that_cannot_be_routed(capsys, tmp_path):
 
 
 def test_a_model_that_is_not_there(capsys, tmp_path):
-    code, out, err = run(capsys, "plan", "--model", str(tmp_path / "none"), "--reroute-schedule", "pdrop")
+    code, out, err = run(
+        capsys, "plan", "--model", str(tmp_path / "none"), "--reroute-schedule", "pdrop"
+    )
     assert (code, out) == (2, [])
     assert err[0].startswith("vllm-reroute: ") and "none" in err[0]
     assert not any("Traceback" in line for line in err)
@@ -142,14 +167,25 @@ def test_help_shows_every_flag(capsys):
         main(["plan", "--help"])
     assert exited.value.code == 0
     shown = capsys.readouterr().out
-    for flag in ("--model", "--block-size", "--text-tokens", "--reroute-schedule", "--reroute-keep", "example:"):
+    for flag in (
+        "--model",
+        "--block-size",
+        "--text-tokens",
+        "--reroute-schedule",
+        "--reroute-keep",
+        "example:",
+    ):
         assert flag in shown
 
 
 def test_schedules_lists_what_there_is(capsys):
     code, out, err = run(capsys, "schedules")
     assert (code, err) == (0, [])
-    rows = {tuple(line.split()[:3]): line for line in out if line.split()[:1] and line.split()[0] in SCHEDULES}
+    rows = {
+        tuple(line.split()[:3]): line
+        for line in out
+        if line.split()[:1] and line.split()[0] in SCHEDULES
+    }
     assert len(rows) == len(SCHEDULES) * len(ACTIONS) * len(TIERS)
     for (name, action, tier), line in rows.items():
         schedule = RerouteOptions(schedule=name, action=action, tier=int(tier)).resolve(32)

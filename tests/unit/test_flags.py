@@ -98,7 +98,9 @@ def test_argparse_refuses_what_it_can(parser, words, shown, capsys):
 
 def test_other_additional_config_is_kept(model_folder):
     other = json.dumps({"other": {"a": 1}})
-    args = parse("--model", model_folder, "--additional-config", other, "--reroute-schedule", "pdrop")
+    args = parse(
+        "--model", model_folder, "--additional-config", other, "--reroute-schedule", "pdrop"
+    )
     made = EngineArgs.from_cli_args(args)
     assert made.additional_config == {"other": {"a": 1}, CONFIG_KEY: {"schedule": "pdrop"}}
 
@@ -116,16 +118,25 @@ def test_options_given_twice_are_refused(model_folder):
     "model,served,expect_model,expect_served",
     [
         (SHORT, [], FULL, [SHORT, FULL]),
-        ("llava-1.5-13b", [], "llava-hf/llava-1.5-13b-hf", ["llava-1.5-13b", "llava-hf/llava-1.5-13b-hf"]),
+        (
+            "llava-1.5-13b",
+            [],
+            "llava-hf/llava-1.5-13b-hf",
+            ["llava-1.5-13b", "llava-hf/llava-1.5-13b-hf"],
+        ),
         (SHORT, ["--served-model-name", "mine"], FULL, ["mine"]),
         (FULL, [], FULL, None),
         ("some/model", [], "some/model", None),
     ],
 )
-def test_a_short_name_is_served_beside_the_full_one(hub, model, served, expect_model, expect_served):
+def test_a_short_name_is_served_beside_the_full_one(
+    hub, model, served, expect_model, expect_served
+):
     args = parse("--model", model, "--reroute-schedule", "pdrop", *served)
     made = EngineArgs.from_cli_args(args)
-    assert (args.model, args.served_model_name) == (expect_model, expect_served), "what the API server reads"
+    assert (args.model, args.served_model_name) == (expect_model, expect_served), (
+        "what the API server reads"
+    )
     assert (made.model, made.served_model_name) == (expect_model, expect_served)
 
 
@@ -146,7 +157,11 @@ def test_without_flags_nothing_is_touched(hub):
 
 
 def test_without_options_the_engine_s_config_is_stock_vllm_s(model_folder):
-    arguments = {"model": str(model_folder), "max_model_len": 512, "additional_config": {"other": 1}}
+    arguments = {
+        "model": str(model_folder),
+        "max_model_len": 512,
+        "additional_config": {"other": 1},
+    }
     hooked = EngineArgs(**arguments).create_engine_config()
     stock = EngineArgs.create_engine_config.__wrapped__(EngineArgs(**arguments))
     for field in dataclasses.fields(VllmConfig):
@@ -159,33 +174,47 @@ def test_without_options_the_engine_s_config_is_stock_vllm_s(model_folder):
 @pytest.mark.parametrize("options", [{"schedule": "none"}, {}, {"schedule": None}])
 def test_none_is_stock_vllm(model_folder, options):
     arguments = {"model": str(model_folder), "max_model_len": 512}
-    none = EngineArgs(**arguments, additional_config={"other": 1, CONFIG_KEY: options}).create_engine_config()
+    none = EngineArgs(
+        **arguments, additional_config={"other": 1, CONFIG_KEY: options}
+    ).create_engine_config()
     stock = EngineArgs(**arguments, additional_config={"other": 1}).create_engine_config()
     assert none.additional_config == {"other": 1}
     assert none.compute_hash() == stock.compute_hash()
-    assert none.model_config.architectures == stock.model_config.architectures == ["LlavaForConditionalGeneration"]
+    assert (
+        none.model_config.architectures
+        == stock.model_config.architectures
+        == ["LlavaForConditionalGeneration"]
+    )
 
 
 def test_flags_reach_the_engine_s_config(model_folder):
     words = ["--max-model-len", "512", "--reroute-schedule", "pdrop", "--reroute-tier", "64"]
-    made = EngineArgs.from_cli_args(parse("--model", model_folder, *words, "--additional-config", '{"other": 1}'))
+    made = EngineArgs.from_cli_args(
+        parse("--model", model_folder, *words, "--additional-config", '{"other": 1}')
+    )
     before = dict(vars(made))
     config = made.create_engine_config()
     schedule = RerouteOptions(schedule="pdrop", tier=64).resolve(8)
     assert RoutingSchedule.of(config) == schedule and is_routed(config)
     assert config.additional_config == {"other": 1, CONFIG_KEY: schedule.to_dict()}
     assert config.model_config.architectures == ["RerouteLlavaForConditionalGeneration"]
-    assert config.scheduler_config.get_scheduler_cls().__module__ == "vllm_reroute.kv_cache.scheduler"
+    assert (
+        config.scheduler_config.get_scheduler_cls().__module__ == "vllm_reroute.kv_cache.scheduler"
+    )
     asked = ["hf_overrides", "scheduler_cls", "compilation_config", "additional_config"]
     assert all(vars(made)[name] is before[name] for name in asked), "arguments may be used again"
     assert made.create_engine_config().additional_config == config.additional_config
 
 
-@pytest.mark.skipif(not current_platform.is_cpu(), reason="elsewhere the attention backend is asked, by the worker")
+@pytest.mark.skipif(
+    not current_platform.is_cpu(), reason="elsewhere the attention backend is asked, by the worker"
+)
 @pytest.mark.parametrize("block_size", [None, 64])
 def test_an_unset_block_size_is_the_smallest(model_folder, block_size):
     arguments = {"model": str(model_folder), "max_model_len": 512, "block_size": block_size}
-    routed = EngineArgs(**arguments, additional_config={CONFIG_KEY: {"schedule": "fastv"}}).create_engine_config()
+    routed = EngineArgs(
+        **arguments, additional_config={CONFIG_KEY: {"schedule": "fastv"}}
+    ).create_engine_config()
     stock = EngineArgs(**arguments).create_engine_config()
     assert routed.cache_config.block_size == (block_size or 32)
     assert stock.cache_config.block_size == (block_size or 128)
@@ -194,8 +223,16 @@ def test_an_unset_block_size_is_the_smallest(model_folder, block_size):
 def test_schedules_differ_in_the_compile_hash(model_folder):
     """Compiled stages are cached by it: another schedule must not find them."""
     hashes = set()
-    for options in ({"schedule": "fastv"}, {"schedule": "pdrop"}, {"schedule": "pdrop", "tier": 64}):
-        arguments = {"model": str(model_folder), "max_model_len": 512, "additional_config": {CONFIG_KEY: options}}
+    for options in (
+        {"schedule": "fastv"},
+        {"schedule": "pdrop"},
+        {"schedule": "pdrop", "tier": 64},
+    ):
+        arguments = {
+            "model": str(model_folder),
+            "max_model_len": 512,
+            "additional_config": {CONFIG_KEY: options},
+        }
         hashes.add(EngineArgs(**arguments).create_engine_config().compute_hash())
     assert len(hashes) == 3
 
@@ -203,4 +240,6 @@ def test_schedules_differ_in_the_compile_hash(model_folder):
 def test_a_wrong_combination_stops_before_vllm_reads_the_model(hub):
     options = {"schedule": "pdrop", "tier": 64, "budget": 100}
     with pytest.raises(ValueError, match="exclude each other"):
-        EngineArgs(model="no/such-model", additional_config={CONFIG_KEY: options}).create_engine_config()
+        EngineArgs(
+            model="no/such-model", additional_config={CONFIG_KEY: options}
+        ).create_engine_config()

@@ -51,7 +51,9 @@ class Batch:
         """As a runner builds it: over all tokens of the step, padded."""
         starts = np.concatenate(([0], np.cumsum([tokens for tokens, *_ in self.rows])))
         starts = torch.from_numpy(np.pad(starts, (0, self.pad_reqs), mode="edge").astype(np.int32))
-        seq_lens = [held + tokens - query for tokens, query, held in self.rows] + [0] * self.pad_reqs
+        seq_lens = [held + tokens - query for tokens, query, held in self.rows] + [
+            0
+        ] * self.pad_reqs
         num_tokens = int(starts[-1]) + self.pad_tokens
         return CommonAttentionMetadata(
             query_start_loc=starts.clone(),
@@ -112,7 +114,9 @@ def check(batch, buffers):
     assert compact.seq_lens_cpu_upper_bound.tolist() == compact.seq_lens.tolist()
     assert compact.max_query_len == max(query for _, query, _ in batch.rows)
     assert compact.max_seq_len == max(held for *_, held in batch.rows)
-    assert compact.compute_num_computed_tokens()[:num_reqs].tolist() == [held - query for _, query, held in batch.rows]
+    assert compact.compute_num_computed_tokens()[:num_reqs].tolist() == [
+        held - query for _, query, held in batch.rows
+    ]
 
     for layer in range(batch.num_layers):
         table = buffers.block_tables[layer]
@@ -120,9 +124,15 @@ def check(batch, buffers):
             blocks = range(cdiv(held, BLOCK))
             assert table[i, : len(blocks)].tolist() == [batch.block(i, b, layer) for b in blocks]
         for i in range(num_reqs, compact.num_reqs):
-            assert table[i, : cdiv(compact.max_seq_len, BLOCK)].eq(0).all(), "padded rows have the null block"
-        assert buffers.slot_mappings[layer, : compact.num_actual_tokens].tolist() == batch.slots(layer)
-    assert compact.block_table_tensor.tolist() == buffers.block_tables[0, : compact.num_reqs].tolist()
+            assert table[i, : cdiv(compact.max_seq_len, BLOCK)].eq(0).all(), (
+                "padded rows have the null block"
+            )
+        assert buffers.slot_mappings[layer, : compact.num_actual_tokens].tolist() == batch.slots(
+            layer
+        )
+    assert (
+        compact.block_table_tensor.tolist() == buffers.block_tables[0, : compact.num_reqs].tolist()
+    )
     assert compact.slot_mapping.tolist() == batch.slots(0)
     return compact
 
@@ -138,7 +148,9 @@ def random_rows(rng):
     rows = []
     for _ in range(rng.randint(1, MAX_REQS - 2)):
         query = rng.choice((1, 1, rng.randint(1, 8)))
-        rows.append((query + rng.choice((0, 0, 2)), query, rng.randint(query, MAX_BLOCKS * BLOCK - 2)))
+        rows.append(
+            (query + rng.choice((0, 0, 2)), query, rng.randint(query, MAX_BLOCKS * BLOCK - 2))
+        )
     return rows
 
 
@@ -147,17 +159,29 @@ def test_tensors_stay_where_they_are(seed):
     """Steps that grow and shrink: a CUDA graph replays with the addresses it was captured with."""
     rng = random.Random(seed)
     buffers = group_buffers()
-    tensors = (buffers.block_tables, buffers.slot_mappings, buffers.seq_lens, buffers.query_start_loc)
+    tensors = (
+        buffers.block_tables,
+        buffers.slot_mappings,
+        buffers.seq_lens,
+        buffers.query_start_loc,
+    )
 
     def addresses(compact):
         layers = per_layer_metadata(compact_as_metadata(compact), buffers, 1, 1)
-        views = [compact.seq_lens, compact.query_start_loc, compact.block_table_tensor, compact.slot_mapping]
+        views = [
+            compact.seq_lens,
+            compact.query_start_loc,
+            compact.block_table_tensor,
+            compact.slot_mapping,
+        ]
         views += [tensor for m in layers for tensor in (m.block_table, m.slot_mapping)]
         return [tensor.data_ptr() for tensor in (*tensors, *views)]
 
     seen = []
     for step in range(12):
-        batch = Batch(random_rows(rng), pad_reqs=rng.randint(0, 2), pad_tokens=rng.randint(0, 3), seed=step)
+        batch = Batch(
+            random_rows(rng), pad_reqs=rng.randint(0, 2), pad_tokens=rng.randint(0, 3), seed=step
+        )
         seen.append(addresses(check(batch, buffers)))
         dummy = buffers.fill(batch.common(), None)
         seen.append(addresses(dummy))
@@ -196,7 +220,10 @@ def test_a_dummy_run_is_dense():
     batch, buffers = Batch([(6, 2, 2), (1, 1, 9)], pad_tokens=2), group_buffers()
     common = batch.common()
     dense = buffers.fill(common, None)
-    assert (dense.num_actual_tokens, dense.max_seq_len) == (common.num_actual_tokens, common.max_seq_len)
+    assert (dense.num_actual_tokens, dense.max_seq_len) == (
+        common.num_actual_tokens,
+        common.max_seq_len,
+    )
     assert dense.seq_lens.tolist() == [6, 9]
     assert dense.query_start_loc.tolist() == [0, 6, 7]
     assert dense.slot_mapping[7:].tolist() == [PAD_SLOT_ID] * 2

@@ -38,7 +38,10 @@ CUSTOM = [
 
 
 ROUTED = [
-    *(RerouteOptions(schedule=name, action=action, tier=tier).resolve(32) for name, action, tier in PUBLISHED),
+    *(
+        RerouteOptions(schedule=name, action=action, tier=tier).resolve(32)
+        for name, action, tier in PUBLISHED
+    ),
     *(RerouteOptions(layers=layers, keep=keep).resolve(depth) for layers, keep, depth in CUSTOM),
 ]
 # Distinct ratios, the dense first stage included.
@@ -75,9 +78,9 @@ def test_a_pool_of_blocks_without_padding(schedule, num_groups, vllm_config, lay
     assert config.num_blocks == 5000
     assert {group.kv_cache_spec.page_size_bytes for group in config.kv_cache_groups} == {page}
     assert len(config.kv_cache_groups) == len(config.kv_cache_tensors) == num_groups
-    assert {(tensor.size, tensor.offset, tensor.block_stride) for tensor in config.kv_cache_tensors} == {
-        (5000 * page, 0, page)
-    }
+    assert {
+        (tensor.size, tensor.offset, tensor.block_stride) for tensor in config.kv_cache_tensors
+    } == {(5000 * page, 0, page)}
     vllm_config.cache_config.block_size = 16  # as the engine core does once it knows the groups
     assert resolve_kv_cache_block_sizes(config, vllm_config) == (16, 16)
 
@@ -89,7 +92,9 @@ def test_vllm_counts_every_layer_of_a_long_text_request(vllm_config, layout):
     page = 16 * BYTES_PER_TOKEN
     specs = layer_specs(schedule, **LLAVA_7B)
     (config,) = get_kv_cache_configs(vllm_config, [dict(specs)], [(3 * blocks + 1) * page])
-    assert get_max_concurrency_for_kv_cache_config(vllm_config, config) == pytest.approx(3, rel=1e-3)
+    assert get_max_concurrency_for_kv_cache_config(vllm_config, config) == pytest.approx(
+        3, rel=1e-3
+    )
     with pytest.raises(ValueError, match="max seq len"):
         get_kv_cache_configs(vllm_config, [dict(specs)], [blocks * page])
 
@@ -104,9 +109,16 @@ def test_block_table_rows_hold_every_layer(vllm_config):
 
 
 def test_specs_of_different_ratios_do_not_mix():
-    first, second, _ = layer_specs(RerouteOptions(layers=(2, 4), keep=(0.5, 0.25)).resolve(6)).values()
+    first, second, _ = layer_specs(
+        RerouteOptions(layers=(2, 4), keep=(0.5, 0.25)).resolve(6)
+    ).values()
     assert first.merge([first, first]) == first
-    for other in (second, replace(first, keep_ratio=0.75), replace(first, num_layers=3), replace(first, block_size=32)):
+    for other in (
+        second,
+        replace(first, keep_ratio=0.75),
+        replace(first, num_layers=3),
+        replace(first, block_size=32),
+    ):
         with pytest.raises(AssertionError, match="keep ratios"):
             first.merge([first, other])
         assert not is_kv_cache_spec_uniform({"a": first, "b": other})
@@ -119,7 +131,11 @@ def test_specs_of_different_ratios_do_not_mix():
 def test_ratios_alone_tell_specs_apart():
     """As keys of one dictionary: vLLM buckets layers by spec."""
     specs = layer_specs(RerouteOptions(layers=(2, 4, 6), keep=(0.5, 0.25, 0.5)).resolve(8))
-    assert [(spec.keep_ratio, spec.num_layers) for spec in specs.values()] == [(1.0, 2), (0.5, 4), (0.25, 2)]
+    assert [(spec.keep_ratio, spec.num_layers) for spec in specs.values()] == [
+        (1.0, 2),
+        (0.5, 4),
+        (0.25, 2),
+    ]
     assert set(Counter(specs.values()).values()) == {1}
 
 
@@ -136,8 +152,12 @@ def test_an_image_request_of_llava_7b_holds_little_more_than_ideal(name, action,
     lens = [TYPICAL_TEXT_TOKENS + k for k in schedule.kept_per_stage(VISUAL)]
     layers = [stage.num_layers for stage in schedule.stages]
     unavoidable = sum(n * cdiv(length, 16) * 16 for n, length in zip(layers, lens, strict=True))
-    assert footprint.ideal_bytes == BYTES_PER_TOKEN * sum(n * k for n, k in zip(layers, lens, strict=True))
-    assert footprint.routed_bytes == BYTES_PER_TOKEN * unavoidable, "nothing but whole blocks is added"
+    assert footprint.ideal_bytes == BYTES_PER_TOKEN * sum(
+        n * k for n, k in zip(layers, lens, strict=True)
+    )
+    assert footprint.routed_bytes == BYTES_PER_TOKEN * unavoidable, (
+        "nothing but whole blocks is added"
+    )
     over = footprint.routed_bytes / footprint.ideal_bytes - 1
     if (name, tier) == ("fastv", 64):
         # 104 + 11 tokens in blocks of 16 alone are 11 % over; no grouping can change that.
@@ -155,5 +175,7 @@ def test_dense_bytes_are_stock_vllm_s(vllm_config):
         block_size=16,
     )
     stock = FullAttentionSpec(block_size=16, num_kv_heads=32, head_size=128, dtype=torch.bfloat16)
-    assert footprint.dense_bytes == 32 * cdiv(VISUAL + TYPICAL_TEXT_TOKENS, 16) * stock.page_size_bytes
+    assert (
+        footprint.dense_bytes == 32 * cdiv(VISUAL + TYPICAL_TEXT_TOKENS, 16) * stock.page_size_bytes
+    )
     assert footprint.dense_bytes == 344 * 2**20

@@ -49,7 +49,10 @@ class Engine:
         request.skip_reading_prefix_cache = visual_spans(request) is not None
         hits, num_hit, _ = self.manager.get_computed_blocks(request)
         new = (num_tokens or request.num_tokens) - num_hit
-        if self.manager.allocate_slots(request, new, num_hit, hits, full_sequence_must_fit=True) is None:
+        if (
+            self.manager.allocate_slots(request, new, num_hit, hits, full_sequence_must_fit=True)
+            is None
+        ):
             return None
         request.num_computed_tokens = num_hit + new
         return self.manager.get_block_ids(request.request_id), num_hit
@@ -80,7 +83,8 @@ def with_image(name, num_tokens=IMAGE_PROMPT, image=IMAGE):
 def expected_held(schedule, request):
     spans = visual_spans(request)
     return [
-        len(schedule.layers_with(ratio)) * cdiv(routed_length(request.num_computed_tokens, spans, ratio), BLOCK)
+        len(schedule.layers_with(ratio))
+        * cdiv(routed_length(request.num_computed_tokens, spans, ratio), BLOCK)
         for ratio in schedule.ratios
     ]
 
@@ -95,7 +99,11 @@ def test_a_live_request_holds_its_footprint(name, action, tier, num_text, num_vi
     request = with_image("r", num_text + num_visual, feature(5, num_visual))
     ids, _ = engine.prefill(request)
     footprint = RequestFootprint(
-        schedule=schedule, num_visual=num_visual, num_text=num_text, bytes_per_token=1, block_size=BLOCK
+        schedule=schedule,
+        num_visual=num_visual,
+        num_text=num_text,
+        bytes_per_token=1,
+        block_size=BLOCK,
     )
     assert sum(map(len, ids)) == footprint.routed_blocks
     assert engine.pool.get_num_free_blocks() == 4999 - footprint.routed_blocks
@@ -109,7 +117,9 @@ def test_every_layer_has_blocks_of_its_own():
 
 
 @pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("request_", [text("r", 30), with_image("r"), with_image("r", 88, feature(0, 64))])
+@pytest.mark.parametrize(
+    "request_", [text("r", 30), with_image("r"), with_image("r", 88, feature(0, 64))]
+)
 def test_decode_takes_a_block_per_layer_at_a_boundary_and_none_elsewhere(request_, caching):
     request = make_request("r", request_.num_prompt_tokens, request_.mm_features, block_size=BLOCK)
     engine = Engine(caching=caching)
@@ -154,7 +164,16 @@ def test_a_request_unknown_to_the_pool_may_be_freed():
 # Tokens shared with an earlier request, tokens of the later one -> tokens found cached.
 @pytest.mark.parametrize(
     "shared,num_tokens,hit",
-    [(50, 60, 48), (40, 60, 32), (48, 60, 48), (48, 49, 48), (48, 48, 32), (15, 60, 0), (50, 33, 32), (0, 60, 0)],
+    [
+        (50, 60, 48),
+        (40, 60, 32),
+        (48, 60, 48),
+        (48, 49, 48),
+        (48, 48, 32),
+        (15, 60, 0),
+        (50, 33, 32),
+        (0, 60, 0),
+    ],
 )
 @pytest.mark.parametrize("while_running", [True, False])
 def test_text_finds_the_same_prefix(shared, num_tokens, hit, while_running):
@@ -163,13 +182,17 @@ def test_text_finds_the_same_prefix(shared, num_tokens, hit, while_running):
     first_ids, _ = engine.prefill(first)
     if not while_running:
         engine.finish(first)
-    second = make_request("second", [*range(shared), *range(900, 900 + max(0, num_tokens - shared))][:num_tokens])
+    second = make_request(
+        "second", [*range(shared), *range(900, 900 + max(0, num_tokens - shared))][:num_tokens]
+    )
     second_ids, num_hit = engine.prefill(second)
     assert num_hit == hit
     assert second.num_computed_tokens == num_tokens
     for g, ratio in enumerate(SCHEDULE.ratios):
         reused = len(SCHEDULE.layers_with(ratio)) * hit // BLOCK
-        assert second_ids[g][:reused] == first_ids[g][:reused], "entry i * layers + j is block i of layer j"
+        assert second_ids[g][:reused] == first_ids[g][:reused], (
+            "entry i * layers + j is block i of layer j"
+        )
         if while_running:
             assert not set(second_ids[g][reused:]) & set(first_ids[g])
     assert engine.held(second) == expected_held(SCHEDULE, second)
@@ -232,7 +255,9 @@ def test_an_image_request_never_reads_the_cache():
     assert not cached & {block for group in ids for block in group}
 
 
-@pytest.mark.parametrize("group,layer", [(g, j) for g, r in enumerate(SCHEDULE.ratios) for j in range(2)])
+@pytest.mark.parametrize(
+    "group,layer", [(g, j) for g, r in enumerate(SCHEDULE.ratios) for j in range(2)]
+)
 @pytest.mark.parametrize("unit", [0, 1, 2])
 def test_one_evicted_layer_ends_the_hit_there(group, layer, unit):
     engine = Engine()
@@ -260,8 +285,12 @@ def test_a_short_pool_admits_nothing_and_takes_nothing(request_):
     for num_blocks, fits in ((needed, False), (needed + 1, True)):  # one block is the null block
         engine = Engine(num_blocks=num_blocks)
         chunk = None if visual_spans(request_) else 16
-        assert (engine.prefill(fresh(), chunk) is not None) is fits, "the first chunk alone would fit"
-        assert engine.pool.get_num_free_blocks() == (num_blocks - 1 if not fits else 0 if chunk is None else needed - 8)
+        assert (engine.prefill(fresh(), chunk) is not None) is fits, (
+            "the first chunk alone would fit"
+        )
+        assert engine.pool.get_num_free_blocks() == (
+            num_blocks - 1 if not fits else 0 if chunk is None else needed - 8
+        )
 
 
 def test_cached_blocks_that_may_be_evicted_count_as_taken():
@@ -282,7 +311,9 @@ def test_vllm_s_own_coordinator_runs_the_groups(keep, kind):
     schedule = RerouteOptions(layers=(3, 5), keep=keep).resolve(8)
     engine = Engine(schedule)
     assert type(engine.manager.coordinator) is kind
-    assert [type(group) for group in engine.groups] == [RoutedAttentionManager] * len(schedule.ratios)
+    assert [type(group) for group in engine.groups] == [RoutedAttentionManager] * len(
+        schedule.ratios
+    )
     ids, _ = engine.prefill(text("first", 50))
     again_ids, num_hit = engine.prefill(text("again", 50))
     assert num_hit == 48
@@ -301,7 +332,9 @@ def test_any_traffic_keeps_the_books(seed, caching):
         choice = rng.random()
         if choice < 0.35:
             name, length = f"r{step}", rng.randint(1, 120)
-            image = feature(rng.randint(0, length), rng.randint(1, 60)) if rng.random() < 0.5 else None
+            image = (
+                feature(rng.randint(0, length), rng.randint(1, 60)) if rng.random() < 0.5 else None
+            )
             num_tokens = length + (image.mm_position.length + 1 if image else 0)
             request = make_request(name, num_tokens, [image] if image else [], block_size=BLOCK)
             if engine.prefill(request) is None:

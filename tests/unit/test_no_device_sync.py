@@ -24,7 +24,9 @@ SPANS = VisualSpans((2,), (18,))
 class FakeScorer:
     """Scores by real arithmetic on the stream, without projections."""
 
-    def score(self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows) -> torch.Tensor:
+    def score(
+        self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
+    ) -> torch.Tensor:
         scores = stream.new_zeros(len(prompts.lens), prompts.width)
         queries = stream[prompts.last]
         for i, keys in enumerate(stream[prompts.rows].split(prompts.lens)):
@@ -39,7 +41,8 @@ def decoder(*, reroutes: bool) -> RoutedDecoder:
     torch.nn.Module.__init__(routed)
     routed.schedule = SimpleNamespace(keep=RATIOS[1:], ratios=RATIOS, reroutes=reroutes)
     routed._stages = tuple(
-        lambda positions, hidden, residual: (hidden + 1, hidden if residual is None else residual) for _ in RATIOS
+        lambda positions, hidden, residual: (hidden + 1, hidden if residual is None else residual)
+        for _ in RATIOS
     )
     routed._scorers = (FakeScorer(), FakeScorer())
     routed._norm = (lambda hidden, residual: (hidden + residual, residual),)

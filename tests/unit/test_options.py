@@ -10,20 +10,44 @@ DEPTH = 8
 
 # Options -> words the message must have: the option, the value, what is allowed or the cure.
 REFUSED_AT_ONCE = {
-    "unknown schedule": ({"schedule": "fastvv"}, ["--reroute-schedule 'fastvv'", "fastv, pdrop, none"]),
+    "unknown schedule": (
+        {"schedule": "fastvv"},
+        ["--reroute-schedule 'fastvv'", "fastv, pdrop, none"],
+    ),
     "schedule of a wrong type": ({"schedule": 3}, ["--reroute-schedule 3", "fastv, pdrop, none"]),
-    "schedules in a list": ({"schedule": ["pdrop"]}, ["--reroute-schedule ['pdrop']", "fastv, pdrop, none"]),
+    "schedules in a list": (
+        {"schedule": ["pdrop"]},
+        ["--reroute-schedule ['pdrop']", "fastv, pdrop, none"],
+    ),
     "unknown action": (
         {"schedule": "pdrop", "action": "drop"},
         ["--reroute-action 'drop'", "Choose one of: reroute, remove"],
     ),
-    "unknown tier": ({"schedule": "pdrop", "tier": 100}, ["--reroute-tier 100", "Choose one of: 192, 128, 64"]),
-    "tier of a wrong type": ({"schedule": "pdrop", "tier": "big"}, ["--reroute-tier 'big'", "whole number"]),
-    "fractional tier": ({"schedule": "pdrop", "tier": 64.5}, ["--reroute-tier 64.5", "whole number"]),
+    "unknown tier": (
+        {"schedule": "pdrop", "tier": 100},
+        ["--reroute-tier 100", "Choose one of: 192, 128, 64"],
+    ),
+    "tier of a wrong type": (
+        {"schedule": "pdrop", "tier": "big"},
+        ["--reroute-tier 'big'", "whole number"],
+    ),
+    "fractional tier": (
+        {"schedule": "pdrop", "tier": 64.5},
+        ["--reroute-tier 64.5", "whole number"],
+    ),
     "boolean tier": ({"schedule": "pdrop", "tier": True}, ["--reroute-tier True", "whole number"]),
-    "endless tier": ({"schedule": "pdrop", "tier": float("inf")}, ["--reroute-tier inf", "whole number"]),
-    "budget of a wrong type": ({"schedule": "pdrop", "budget": [1]}, ["--reroute-budget [1]", "a number"]),
-    "budget that is no number": ({"schedule": "pdrop", "budget": float("nan")}, ["--reroute-budget nan", "a number"]),
+    "endless tier": (
+        {"schedule": "pdrop", "tier": float("inf")},
+        ["--reroute-tier inf", "whole number"],
+    ),
+    "budget of a wrong type": (
+        {"schedule": "pdrop", "budget": [1]},
+        ["--reroute-budget [1]", "a number"],
+    ),
+    "budget that is no number": (
+        {"schedule": "pdrop", "budget": float("nan")},
+        ["--reroute-budget nan", "a number"],
+    ),
     "tier with budget": (
         {"schedule": "pdrop", "tier": 64, "budget": 90},
         ["--reroute-tier 64", "--reroute-budget 90", "exclude each other", "Give"],
@@ -45,8 +69,14 @@ REFUSED_AT_ONCE = {
         ["--reroute-schedule none", "--reroute-layers", "--reroute-keep", "Drop one"],
     ),
     "tier alone": ({"tier": 64}, ["--reroute-tier 64", "Add --reroute-schedule", "fastv, pdrop"]),
-    "budget alone": ({"budget": 64}, ["--reroute-budget 64", "Add --reroute-schedule", "fastv, pdrop"]),
-    "action alone": ({"action": "remove"}, ["--reroute-action remove", "Add --reroute-schedule", "fastv, pdrop"]),
+    "budget alone": (
+        {"budget": 64},
+        ["--reroute-budget 64", "Add --reroute-schedule", "fastv, pdrop"],
+    ),
+    "action alone": (
+        {"action": "remove"},
+        ["--reroute-action remove", "Add --reroute-schedule", "fastv, pdrop"],
+    ),
     "tier of no schedule": (
         {"schedule": "none", "tier": 64},
         ["--reroute-tier 64", "Add --reroute-schedule", "fastv, pdrop"],
@@ -55,24 +85,50 @@ REFUSED_AT_ONCE = {
     "ratios without layers": ({"keep": [0.5]}, ["--reroute-layers", "--reroute-keep", "give both"]),
     "unequal lengths": (
         {"layers": [2, 4], "keep": [0.5]},
-        ["--reroute-layers 2,4", "2 decision layers", "--reroute-keep has 1 ratios", "one ratio per decision layer"],
+        [
+            "--reroute-layers 2,4",
+            "2 decision layers",
+            "--reroute-keep has 1 ratios",
+            "one ratio per decision layer",
+        ],
     ),
     "no layers": ({"layers": [], "keep": []}, ["--reroute-layers is empty", "at least one"]),
     "layers falling": (
         {"layers": [4, 2], "keep": [0.5, 0.5]},
         ["--reroute-layers 4,2", "strictly increasing", "Example: 2,7,15,23"],
     ),
-    "layers repeated": ({"layers": [2, 2], "keep": [0.5, 0.5]}, ["--reroute-layers 2,2", "strictly increasing"]),
-    "layer 0": ({"layers": [0, 2], "keep": [0.5, 0.5]}, ["--reroute-layers 0,2", "start at 1", "Example"]),
+    "layers repeated": (
+        {"layers": [2, 2], "keep": [0.5, 0.5]},
+        ["--reroute-layers 2,2", "strictly increasing"],
+    ),
+    "layer 0": (
+        {"layers": [0, 2], "keep": [0.5, 0.5]},
+        ["--reroute-layers 0,2", "start at 1", "Example"],
+    ),
     "negative layer": ({"layers": [-1], "keep": [0.5]}, ["--reroute-layers -1", "start at 1"]),
-    "fractional layer": ({"layers": [2.5], "keep": [0.5]}, ["--reroute-layers 2.5", "whole number"]),
-    "layer of a wrong type": ({"layers": "2,x", "keep": "1,1"}, ["--reroute-layers 'x'", "whole number"]),
-    "layers that are no list": ({"layers": 2, "keep": [0.5]}, ["--reroute-layers 2", "must be a list"]),
+    "fractional layer": (
+        {"layers": [2.5], "keep": [0.5]},
+        ["--reroute-layers 2.5", "whole number"],
+    ),
+    "layer of a wrong type": (
+        {"layers": "2,x", "keep": "1,1"},
+        ["--reroute-layers 'x'", "whole number"],
+    ),
+    "layers that are no list": (
+        {"layers": 2, "keep": [0.5]},
+        ["--reroute-layers 2", "must be a list"],
+    ),
     "ratio 0": ({"layers": [2], "keep": [0.0]}, ["--reroute-keep 0", "(0, 1]", "Example"]),
     "negative ratio": ({"layers": [2], "keep": [-0.5]}, ["--reroute-keep -0.5", "(0, 1]"]),
     "ratio above 1": ({"layers": [2, 3], "keep": [0.5, 1.01]}, ["--reroute-keep 1.01", "(0, 1]"]),
-    "ratio that is no number": ({"layers": [2], "keep": ["half"]}, ["--reroute-keep 'half'", "a number"]),
-    "unknown option": ({"schedules": "pdrop"}, ["'schedules'", "schedule, action, tier, budget, layers, keep"]),
+    "ratio that is no number": (
+        {"layers": [2], "keep": ["half"]},
+        ["--reroute-keep 'half'", "a number"],
+    ),
+    "unknown option": (
+        {"schedules": "pdrop"},
+        ["'schedules'", "schedule, action, tier, budget, layers, keep"],
+    ),
 }
 REFUSED_FOR_THE_MODEL = {
     "layer at the model's end": (

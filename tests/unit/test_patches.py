@@ -28,9 +28,15 @@ SITE = Path(vllm.__file__).parents[1]
 def find_hooks() -> dict[str, Hook]:
     """Every `Hook` that a module of the package holds, alone or in a tuple."""
     found = []
-    for info in pkgutil.iter_modules(vllm_reroute.hooks.__path__, f"{vllm_reroute.hooks.__name__}."):
+    for info in pkgutil.iter_modules(
+        vllm_reroute.hooks.__path__, f"{vllm_reroute.hooks.__name__}."
+    ):
         for value in vars(importlib.import_module(info.name)).values():
-            found += [hook for hook in (value if isinstance(value, tuple) else (value,)) if isinstance(hook, Hook)]
+            found += [
+                hook
+                for hook in (value if isinstance(value, tuple) else (value,))
+                if isinstance(hook, Hook)
+            ]
     return {hook.name: hook for hook in found}
 
 
@@ -51,11 +57,22 @@ def test_the_ledger_speaks_of_the_tested_version():
 @every_hook
 def test_an_entry_is_complete(hook):
     entry = ENTRIES[hook.name]
-    assert set(entry) == {"name", "target", "diff", "why", "how", "extension", "upstream", "delete_when"}
+    assert set(entry) == {
+        "name",
+        "target",
+        "diff",
+        "why",
+        "how",
+        "extension",
+        "upstream",
+        "delete_when",
+    }
     assert all(isinstance(value, str) and value.strip() for value in entry.values())
     assert entry["target"] == f"{hook.module}:{hook.qualname}"
     assert entry["diff"] == f"{hook.name}.diff"
-    assert entry["upstream"] == "not proposed yet" or entry["upstream"].startswith("https://github.com/vllm-project/")
+    assert entry["upstream"] == "not proposed yet" or entry["upstream"].startswith(
+        "https://github.com/vllm-project/"
+    )
 
 
 @pytest.fixture
@@ -83,15 +100,23 @@ def files_of(diff: Path) -> list[str]:
 def apply(diff: Path, folder: Path) -> None:
     # Inside a repository git would skip what lies outside of it, without a word.
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
-    done = subprocess.run(["git", "apply", diff], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "apply", diff], cwd=folder, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 def function(text: str, qualname: str) -> str:
     """One method's code, comments and layout left out."""
     owner, name = qualname.split(".")
-    (cls,) = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == owner]
-    (method,) = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    (cls,) = [
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.ClassDef) and node.name == owner
+    ]
+    (method,) = [
+        node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == name
+    ]
     return ast.dump(method)
 
 
@@ -106,7 +131,9 @@ def test_a_diff_changes_what_its_hook_wraps(hook, source):
     after = (folder / path).read_text(encoding="utf-8")
     compile(after, path, "exec")
     assert function(after, hook.qualname) != function(before, hook.qualname)
-    assert max(len(line) for line in set(after.splitlines()) - set(before.splitlines())) <= 88, "vLLM's line length"
+    assert max(len(line) for line in set(after.splitlines()) - set(before.splitlines())) <= 88, (
+        "vLLM's line length"
+    )
 
 
 def test_all_diffs_apply_together(source):
@@ -125,7 +152,10 @@ def test_diffs_are_not_in_the_installed_vllm(source):
         folder = source(diff)
         reverse = ["git", "apply", "--check", "--reverse", diff]
         environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
-        assert subprocess.run(reverse, cwd=folder, env=environment, capture_output=True).returncode != 0, name
+        assert (
+            subprocess.run(reverse, cwd=folder, env=environment, capture_output=True).returncode
+            != 0
+        ), name
 
 
 @every_hook
@@ -144,7 +174,9 @@ def test_a_hook_goes_in_once(hook, monkeypatch):
     assert type(installed) is (kind or type(plain))
     wrapped = installed.__func__ if kind else installed
     assert wrapped is not plain and wrapped.__wrapped__ is plain
-    assert inspect.signature(wrapped) == inspect.signature(plain), "tools still see vLLM's parameters"
+    assert inspect.signature(wrapped) == inspect.signature(plain), (
+        "tools still see vLLM's parameters"
+    )
 
 
 @pytest.fixture
@@ -173,11 +205,21 @@ def toy_hook(method, *parameters, name="toy"):
     def wrapper(original, *args, **kwargs):
         return ["hooked", original(*args, **kwargs)]
 
-    return Hook(name=name, module="toy_engine", qualname=f"Engine.{method}", parameters=parameters, wrapper=wrapper)
+    return Hook(
+        name=name,
+        module="toy_engine",
+        qualname=f"Engine.{method}",
+        parameters=parameters,
+        wrapper=wrapper,
+    )
 
 
 def test_a_hook_calls_the_original_of_any_kind(toy):
-    for method, parameters in (("plain", ("value",)), ("made", ("cls", "value")), ("run", ("self", "value"))):
+    for method, parameters in (
+        ("plain", ("value",)),
+        ("made", ("cls", "value")),
+        ("run", ("self", "value")),
+    ):
         hook = toy_hook(method, *parameters)
         hook.install()
         hook.install()
@@ -201,7 +243,16 @@ def test_two_hooks_on_one_function_both_stay(toy):
         (toy_hook("run", "self", "other"), "('self', 'value')"),
         (toy_hook("run", "self", "value", "more"), "('self', 'value')"),
         (toy_hook("gone", "self"), "no such function"),
-        (Hook(name="t", module="toy_engine", qualname="Lost.run", parameters=("self",), wrapper=print), "no such"),
+        (
+            Hook(
+                name="t",
+                module="toy_engine",
+                qualname="Lost.run",
+                parameters=("self",),
+                wrapper=print,
+            ),
+            "no such",
+        ),
     ],
 )
 def test_a_target_that_differs_is_refused(toy, hook, found):
@@ -209,5 +260,7 @@ def test_a_target_that_differs_is_refused(toy, hook, found):
     with pytest.raises(RuntimeError) as refused:
         hook.install()
     assert found in str(refused.value) and hook.qualname in str(refused.value)
-    assert f"vLLM {vllm.__version__}" in str(refused.value) and "pip install 'vllm==0.32.*'" in str(refused.value)
+    assert f"vLLM {vllm.__version__}" in str(refused.value) and "pip install 'vllm==0.32.*'" in str(
+        refused.value
+    )
     assert dict(vars(toy)) == before

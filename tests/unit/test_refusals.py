@@ -10,7 +10,12 @@ from vllm.config.ec_transfer import ECTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_reroute.compatibility import ALLOWED_CUDAGRAPH_MODES, REFUSALS, check_arguments, check_config
+from vllm_reroute.compatibility import (
+    ALLOWED_CUDAGRAPH_MODES,
+    REFUSALS,
+    check_arguments,
+    check_config,
+)
 from vllm_reroute.config import CONFIG_KEY
 from vllm_reroute.hooks.seams import SEAMS, check_vllm
 
@@ -28,7 +33,10 @@ BAD_VALUES = {
     ),
     "kv_events_config": (KVEventsConfig(enable_kv_cache_events=True), "KVEventsConfig"),
     "kv_offloading_size": (1.5, "1.5"),
-    "ec_transfer_config": (ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_both"), "ECTransferConfig"),
+    "ec_transfer_config": (
+        ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_both"),
+        "ECTransferConfig",
+    ),
     "enable_dbo": (True, "True"),
     "ubatch_size": (2, "2"),
     "disable_hybrid_kv_cache_manager": (True, "True"),
@@ -54,7 +62,9 @@ def test_the_table_is_complete():
     assert set(BAD_VALUES) == {refusal.option for refusal in REFUSALS}
 
 
-@pytest.mark.parametrize("option,bad,shown", [(option, *value) for option, value in BAD_VALUES.items()])
+@pytest.mark.parametrize(
+    "option,bad,shown", [(option, *value) for option, value in BAD_VALUES.items()]
+)
 def test_refused(engine_args, option, bad, shown):
     setattr(engine_args, option, bad)
     (refusal,) = [r for r in REFUSALS if r.option == option]
@@ -62,7 +72,13 @@ def test_refused(engine_args, option, bad, shown):
         check_arguments(engine_args)
     message = str(refused.value)
     flag = f"--{option.replace('_', '-')}"
-    for part in (f"{flag} ", shown, refusal.why, f"Allowed: {refusal.allowed}", "or serve without --reroute-schedule"):
+    for part in (
+        f"{flag} ",
+        shown,
+        refusal.why,
+        f"Allowed: {refusal.allowed}",
+        "or serve without --reroute-schedule",
+    ):
         assert part in message
     assert refusal.cure in message
 
@@ -99,7 +115,12 @@ def test_cuda_graphs_of_image_prefills_are_refused(engine_args, mode):
     engine_args.compilation_config = CompilationConfig(cudagraph_mode=mode)
     with pytest.raises(ValueError) as refused:
         check_arguments(engine_args)
-    for part in ("--compilation-config", f"cudagraph_mode {mode}", "Allowed: NONE, FULL_DECODE_ONLY", "Leave it out"):
+    for part in (
+        "--compilation-config",
+        f"cudagraph_mode {mode}",
+        "Allowed: NONE, FULL_DECODE_ONLY",
+        "Leave it out",
+    ):
         assert part in str(refused.value)
 
 
@@ -115,12 +136,19 @@ def test_an_unsupported_architecture_is_refused(tmp_path, model_folder):
     args = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True, additional_config=ROUTED)
     with pytest.raises(ValueError) as refused:
         args.create_engine_config()
-    for part in ("--reroute-schedule", "'LlamaForCausalLM'", "LlavaForConditionalGeneration", "without"):
+    for part in (
+        "--reroute-schedule",
+        "'LlamaForCausalLM'",
+        "LlavaForConditionalGeneration",
+        "without",
+    ):
         assert part in str(refused.value)
 
 
 def test_a_model_too_shallow_is_refused(engine_config):
-    with pytest.raises(ValueError, match="--reroute-layers 2,8 must stay below the model's 8 decoder layers"):
+    with pytest.raises(
+        ValueError, match="--reroute-layers 2,8 must stay below the model's 8 decoder layers"
+    ):
         engine_config(additional_config={CONFIG_KEY: {"layers": [2, 8], "keep": [0.5, 0.5]}})
 
 
@@ -129,7 +157,12 @@ def test_a_budget_no_image_fits_is_refused(engine_config):
     options = {"additional_config": ROUTED, "max_model_len": 512}
     with pytest.raises(ValueError) as refused:
         engine_config(max_num_batched_tokens=16, **options)
-    for part in ("--max-num-batched-tokens 16", "up to 16 tokens", "Allowed: more than 16", "34 is a good start"):
+    for part in (
+        "--max-num-batched-tokens 16",
+        "up to 16 tokens",
+        "Allowed: more than 16",
+        "34 is a good start",
+    ):
         assert part in str(refused.value)
     engine_config(max_num_batched_tokens=17, **options)
 
@@ -154,7 +187,11 @@ def test_another_version_is_refused(monkeypatch, engine_config, version):
     monkeypatch.setattr(vllm, "__version__", version)
     with pytest.raises(RuntimeError) as refused:
         check_vllm()
-    for part in ("tested with vLLM 0.32.*", f"the version is {version}", "pip install 'vllm==0.32.*'"):
+    for part in (
+        "tested with vLLM 0.32.*",
+        f"the version is {version}",
+        "pip install 'vllm==0.32.*'",
+    ):
         assert part in str(refused.value)
     with pytest.raises(RuntimeError, match=r"tested with vLLM 0\.32"):
         engine_config(additional_config=ROUTED)

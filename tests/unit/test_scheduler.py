@@ -46,8 +46,12 @@ class Steps:
             kv = kv_cache_config(self.schedule, num_blocks, block_size=BLOCK)
         else:
             num_blocks = units + 1
-            spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
-            kv = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec([f"layers.{i}.attn" for i in range(DEPTH)], spec)])
+            spec = FullAttentionSpec(
+                block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.bfloat16
+            )
+            kv = KVCacheConfig(
+                num_blocks, [], [KVCacheGroupSpec([f"layers.{i}.attn" for i in range(DEPTH)], spec)]
+            )
         vllm_config.cache_config.num_gpu_blocks = num_blocks
         vllm_config.cache_config.enable_prefix_caching = caching
         vllm_config.scheduler_config.async_scheduling = asynchronous
@@ -89,7 +93,9 @@ class Steps:
         now = np.array([scheduled[r.request_id] for r in requests], dtype=np.int64)
         before = np.array([r.num_computed_tokens for r in requests], dtype=np.int64) - now
         ratios = self.schedule.ratios
-        routings = [RequestRouting.of(visual_spans(r), r.num_prompt_tokens, ratios) for r in requests]
+        routings = [
+            RequestRouting.of(visual_spans(r), r.num_prompt_tokens, ratios) for r in requests
+        ]
         plan = plan_step(before, now, routings, ratios)
         for i, request in enumerate(requests):
             blocks = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
@@ -168,18 +174,27 @@ TABLE = {
 @pytest.mark.parametrize("requests,expect", TABLE.values(), ids=TABLE)
 def test_steps(configs, requests, expect, asynchronous):
     steps = Steps(configs["routed"], asynchronous=asynchronous)
-    fresh = [make_request(r.request_id, r.prompt_token_ids, r.mm_features, max_tokens=r.max_tokens) for r in requests]
+    fresh = [
+        make_request(r.request_id, r.prompt_token_ids, r.mm_features, max_tokens=r.max_tokens)
+        for r in requests
+    ]
     steps.add(*fresh)
     assert [steps.run() for _ in expect] == expect
     steps.finish()
 
 
-@pytest.mark.parametrize("asynchronous,expect", [(False, RoutedScheduler), (True, RoutedAsyncScheduler)])
+@pytest.mark.parametrize(
+    "asynchronous,expect", [(False, RoutedScheduler), (True, RoutedAsyncScheduler)]
+)
 def test_the_scheduler_fits_the_engine(configs, asynchronous, expect):
     scheduler = Steps(configs["routed"], asynchronous=asynchronous).scheduler
-    assert type(scheduler) is expect and isinstance(scheduler, AsyncScheduler if asynchronous else Scheduler)
+    assert type(scheduler) is expect and isinstance(
+        scheduler, AsyncScheduler if asynchronous else Scheduler
+    )
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
-    assert len(managers) == 3 and all(manager.requests is scheduler.requests for manager in managers)
+    assert len(managers) == 3 and all(
+        manager.requests is scheduler.requests for manager in managers
+    )
 
 
 def test_an_image_runs_a_step_behind_with_asynchronous_scheduling(configs):
@@ -203,7 +218,9 @@ def test_only_image_requests_skip_the_prefix_cache(configs):
     steps.add(text("t again", 40), image("i", 53, at=(35,)))
     requests = steps.scheduler.requests
     assert [requests[name].skip_reading_prefix_cache for name in requests] == [False, False, True]
-    assert steps.run() == {"t": 1, "t again": 8, "i": 53}, "32 tokens of `t again` were found, none of `i`"
+    assert steps.run() == {"t": 1, "t again": 8, "i": 53}, (
+        "32 tokens of `t again` were found, none of `i`"
+    )
     steps.finish()
 
 
@@ -272,7 +289,14 @@ def test_any_traffic_is_planned_and_ends(configs, seed, caching, asynchronous):
             num_images = rng.randint(1, 2)
             num_tokens = rng.randint(num_images * 20, BUDGET)
             at = range(0, num_images * 20, 20)
-            arrivals.append(image(f"i{i}", num_tokens, at=[p + rng.randint(0, 3) for p in at], max_tokens=max_tokens))
+            arrivals.append(
+                image(
+                    f"i{i}",
+                    num_tokens,
+                    at=[p + rng.randint(0, 3) for p in at],
+                    max_tokens=max_tokens,
+                )
+            )
         else:
             arrivals.append(text(f"t{i}", rng.randint(1, 120), max_tokens=max_tokens))
     for request in arrivals:
@@ -289,7 +313,9 @@ def test_any_traffic_is_planned_and_ends(configs, seed, caching, asynchronous):
 def test_text_is_scheduled_as_by_stock_vllm(configs, seed, units, caching):
     """Side by side on the same requests: same tokens in the same steps, same share of the pool."""
     rng = random.Random(seed)
-    routed, stock = (Steps(configs[kind], units=units, caching=caching) for kind in ("routed", "stock"))
+    routed, stock = (
+        Steps(configs[kind], units=units, caching=caching) for kind in ("routed", "stock")
+    )
     requests = []
     for i in range(20):
         shared, own = rng.randint(0, 100), rng.randint(1, 50)

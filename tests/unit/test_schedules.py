@@ -43,7 +43,9 @@ def resolve(name, action, depth, tier=192) -> RoutingSchedule:
 
 
 def test_there_is_nothing_else():
-    assert {(name, action) for name, actions in SCHEDULES.items() for action in actions} == set(METHODS)
+    assert {(name, action) for name, actions in SCHEDULES.items() for action in actions} == set(
+        METHODS
+    )
     assert (ACTIONS, TIERS) == (("reroute", "remove"), (192, 128, 64))
 
 
@@ -102,7 +104,9 @@ def test_any_depth_has_increasing_layers_or_a_clear_refusal(name, action):
         fits.append(depth)
         assert len(layers) == len(published) and layers[0] == published[0]
         assert all(a < b for a, b in itertools.pairwise((0, *layers, depth)))
-    assert fits == list(range(max(6, published[0] + len(published)), 81)), "too shallow or not, never in between"
+    assert fits == list(range(max(6, published[0] + len(published)), 81)), (
+        "too shallow or not, never in between"
+    )
 
 
 def test_the_refusal_names_the_depth_that_would_do():
@@ -115,7 +119,9 @@ def test_the_refusal_names_the_depth_that_would_do():
 def test_later_layers_scale_with_depth(name, action):
     published = SCHEDULES[name][action].layers
     for depth in range(24, 81):
-        assert resolve(name, action, depth).layers[1:] == tuple(layer * depth // 32 for layer in published[1:])
+        assert resolve(name, action, depth).layers[1:] == tuple(
+            layer * depth // 32 for layer in published[1:]
+        )
 
 
 @pytest.mark.parametrize("action,keep", [("remove", (0.3, 0.3, 0.2)), ("reroute", (0.3, 0.6, 0.2))])
@@ -129,11 +135,15 @@ def test_stages_partition_the_layers():
         schedule = resolve(name, action, depth)
         stages = schedule.stages
         assert (stages[0].keep_ratio, *(s.keep_ratio for s in stages[1:])) == (1.0, *schedule.keep)
-        assert [layer for s in stages for layer in range(s.first_layer, s.end_layer)] == list(range(depth))
+        assert [layer for s in stages for layer in range(s.first_layer, s.end_layer)] == list(
+            range(depth)
+        )
         by_ratio = [layer for ratio in schedule.ratios for layer in schedule.layers_with(ratio)]
         assert sorted(by_ratio) == list(range(depth))
         for ratio in schedule.ratios:
-            assert {schedule.keep_ratio_of(layer) for layer in schedule.layers_with(ratio)} == {ratio}
+            assert {schedule.keep_ratio_of(layer) for layer in schedule.layers_with(ratio)} == {
+                ratio
+            }
 
 
 def test_equal_ratios_are_one_group():

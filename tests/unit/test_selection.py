@@ -59,7 +59,11 @@ class Step:
         rows = [row for row in range(self.plan.num_tokens) if not self.visual[row]]
         for prefill, scores in zip(self.plan.prefills, per_request, strict=True):
             spans = prefill.routing.spans
-            places = [p for start, end in zip(spans.starts, spans.ends, strict=True) for p in range(start, end)]
+            places = [
+                p
+                for start, end in zip(spans.starts, spans.ends, strict=True)
+                for p in range(start, end)
+            ]
             best = sorted(places, key=lambda p: (-float(scores[p]), p))
             rows += [prefill.start + p for p in best[: prefill.routing.num_kept(ratio_index)]]
         return sorted(rows)
@@ -142,7 +146,9 @@ def test_prompt_rows_of_a_mixed_step():
     step = Step(TEXT, IMAGE, DECODE, RESUMED)
     prompts = step.prompts
     assert prompts.lens == (30, 9)
-    assert prompts.rows.tolist() == [*range(12, 42), *range(43, 52)], "the 6 resumed tokens are no prompt"
+    assert prompts.rows.tolist() == [*range(12, 42), *range(43, 52)], (
+        "the 6 resumed tokens are no prompt"
+    )
     assert prompts.last.tolist() == [41, 51]
     assert prompts.slots.tolist() == [*range(30), *range(30, 39)]
     assert step.visual.nonzero().flatten().tolist() == [*range(16, 36), *range(43, 50)]
@@ -171,9 +177,14 @@ def test_last_prompt_row_is_a_row_of_softmax_attention(heads, kv_heads, dtype):
 
 def test_last_prompt_row_agrees_with_torch_s_attention():
     generator = torch.Generator().manual_seed(1)
-    query, keys = torch.randn(8, 32, generator=generator), torch.randn(9, 2, 32, generator=generator)
+    query, keys = (
+        torch.randn(8, 32, generator=generator),
+        torch.randn(9, 2, 32, generator=generator),
+    )
     one_hot = torch.eye(9).expand(8, 9, 9)
     probabilities = torch.nn.functional.scaled_dot_product_attention(
         query.unsqueeze(1), keys.permute(1, 0, 2).repeat_interleave(4, dim=0), one_hot
     )
-    torch.testing.assert_close(last_prompt_row(query, keys, 32**-0.5), probabilities.sum(dim=(0, 1)))
+    torch.testing.assert_close(
+        last_prompt_row(query, keys, 32**-0.5), probabilities.sum(dim=(0, 1))
+    )

@@ -29,7 +29,10 @@ def plan(*batch):
 def lengths(step):
     """[[query_len, seq_len] per ratio] per request."""
     per_ratio = [step.lengths[ratio] for ratio in RATIOS]
-    return [[[int(of.query_lens[i]), int(of.seq_lens[i])] for of in per_ratio] for i in range(step.num_reqs)]
+    return [
+        [[int(of.query_lens[i]), int(of.seq_lens[i])] for of in per_ratio]
+        for i in range(step.num_reqs)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -45,9 +48,17 @@ def lengths(step):
         ("first decode behind an image", (IMAGE, 30, 1), [[1, 31], [1, 21], [1, 13]]),
         ("later decode behind an image", (IMAGE, 47, 1), [[1, 48], [1, 38], [1, 30]]),
         ("resumed: prompt and 5 generated", (IMAGE, 0, 35), [[35, 35], [25, 25], [17, 17]]),
-        ("resumed: the prompt, the rest does not fit", (IMAGE, 0, 31), [[31, 31], [21, 21], [13, 13]]),
+        (
+            "resumed: the prompt, the rest does not fit",
+            (IMAGE, 0, 31),
+            [[31, 31], [21, 21], [13, 13]],
+        ),
         ("resumed: 4 generated in a later chunk", (IMAGE, 31, 4), [[4, 35], [4, 25], [4, 17]]),
-        ("resumed: generated behind several images", (TWO_IMAGES, 30, 5), [[5, 35], [5, 25], [5, 17]]),
+        (
+            "resumed: generated behind several images",
+            (TWO_IMAGES, 30, 5),
+            [[5, 35], [5, 25], [5, 17]],
+        ),
     ],
 )
 def test_stage_lengths(what, request_, expect):
@@ -55,7 +66,14 @@ def test_stage_lengths(what, request_, expect):
 
 
 def test_a_mixed_batch():
-    step = plan((None, 16, 8), (IMAGE, 40, 1), (IMAGE, 0, 30), (None, 3, 1), (TWO_IMAGES, 0, 33), (None, 0, 7))
+    step = plan(
+        (None, 16, 8),
+        (IMAGE, 40, 1),
+        (IMAGE, 0, 30),
+        (None, 3, 1),
+        (TWO_IMAGES, 0, 33),
+        (None, 0, 7),
+    )
     assert (step.num_reqs, step.num_tokens) == (6, 80)
     assert [step.lengths[r].query_lens.tolist() for r in RATIOS] == [
         [8, 1, 30, 1, 33, 7],
@@ -159,7 +177,14 @@ def test_scheduler_and_worker_always_agree(seed):
 
 @pytest.mark.parametrize(
     "num_tokens,lengths_",
-    [(3, [3, 3, 3]), (4, [4, 4, 4]), (5, [5, 5, 5]), (9, [9, 9, 6]), (24, [24, 14, 6]), (30, [30, 20, 12])],
+    [
+        (3, [3, 3, 3]),
+        (4, [4, 4, 4]),
+        (5, [5, 5, 5]),
+        (9, [9, 9, 6]),
+        (24, [24, 14, 6]),
+        (30, [30, 20, 12]),
+    ],
 )
 def test_routed_length_inside_a_prompt(num_tokens, lengths_):
     """Text always counts, visual tokens until their share is full."""

@@ -54,7 +54,9 @@ def test_counts_and_mask_are_those_of_the_placeholders():
         features, position, expect = [], 0, []
         for _ in range(rng.randint(1, 4)):
             text, length = rng.randint(0, 5), rng.randint(1, 9)
-            embeds = [1, *(rng.randint(0, 1) for _ in range(length - 1))] if rng.random() < 0.5 else None
+            embeds = (
+                [1, *(rng.randint(0, 1) for _ in range(length - 1))] if rng.random() < 0.5 else None
+            )
             features.append(feature(position + text, length, is_embed=embeds))
             expect += [0] * text + (embeds or [1] * length)
             position += text + length

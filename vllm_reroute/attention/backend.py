@@ -10,7 +10,6 @@ import functools
 from typing import Any
 
 import torch
-
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionBackend,

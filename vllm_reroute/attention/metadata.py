@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
@@ -123,7 +122,9 @@ class GroupBuffers:
             _token_to_req_indices_cache=None,
         )
 
-    def _fill_block_tables(self, interleaved: torch.Tensor, compact: CommonAttentionMetadata) -> None:
+    def _fill_block_tables(
+        self, interleaved: torch.Tensor, compact: CommonAttentionMetadata
+    ) -> None:
         """Deal the group's block ids out to its layers, as far as this step reaches."""
         blocks = min(-(-compact.max_seq_len // self.block_size), self.block_tables.shape[2])
         dealt = interleaved[:, : blocks * self.num_layers].unflatten(1, (blocks, self.num_layers))

@@ -32,7 +32,9 @@ def average_visual_tokens(
 ) -> float:
     """Average number of visual tokens a decoder layer processes for one request."""
     kept = [num_visual, *(num_kept(num_visual, ratio) for ratio in keep)]
-    return sum(n * k for n, k in zip(_stage_sizes(num_layers, layers), kept, strict=True)) / num_layers
+    return (
+        sum(n * k for n, k in zip(_stage_sizes(num_layers, layers), kept, strict=True)) / num_layers
+    )
 
 
 def solve_keep_ratios(
@@ -101,7 +103,11 @@ def _nudge(counts: list[int], sizes: Sequence[int], wanted: float) -> list[int]:
         highest = min((k for c, k in moved.items() if c > last), default=REFERENCE_VISUAL_TOKENS)
         moved[last] = min(max(lowest, round(rest / layers_of[last])), highest)
         ascending = [moved[c] for c in sorted(moved)]
-        if ascending == sorted(ascending) and 1 <= ascending[0] and ascending[-1] <= REFERENCE_VISUAL_TOKENS:
+        if (
+            ascending == sorted(ascending)
+            and ascending[0] >= 1
+            and ascending[-1] <= REFERENCE_VISUAL_TOKENS
+        ):
             error = abs(rest - layers_of[last] * moved[last])
             distance = sum(abs(k - c) for c, k in moved.items())
             candidates.append((error, distance, [moved[c] for c in counts]))

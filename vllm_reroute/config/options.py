@@ -114,7 +114,11 @@ class RerouteOptions:
                 f"--reroute-tier {self.tier} and --reroute-budget {self.budget:g} exclude each "
                 "other. Give the published tier or an average of your own."
             )
-        for name, value in (("tier", self.tier), ("budget", self.budget), ("schedule", self.schedule)):
+        for name, value in (
+            ("tier", self.tier),
+            ("budget", self.budget),
+            ("schedule", self.schedule),
+        ):
             if custom and value is not None:
                 raise ValueError(
                     f"--reroute-{name} {value} has no meaning with --reroute-layers and "

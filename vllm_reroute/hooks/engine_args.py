@@ -41,14 +41,18 @@ def _use_short_name(args: argparse.Namespace) -> None:
         args.served_model_name = getattr(args, "served_model_name", None) or [short, full]
 
 
-def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+def _create_engine_config(
+    original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
+) -> Any:
     given = (self.additional_config or {}).get(CONFIG_KEY)
     if given is None:
         return original(self, *args, **kwargs)
     options = RerouteOptions.from_mapping(given)
     self.model = resolve_model(self.model)
     if not options.active:
-        self.additional_config = {k: v for k, v in self.additional_config.items() if k != CONFIG_KEY}
+        self.additional_config = {
+            k: v for k, v in self.additional_config.items() if k != CONFIG_KEY
+        }
         return original(self, *args, **kwargs)
 
     from vllm_reroute.engine_config import configure_routing, request_routing

@@ -12,7 +12,9 @@ from typing import Any
 from vllm_reroute.hooks.hook import Hook
 
 
-def _build_attention_metadata(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+def _build_attention_metadata(
+    original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
+) -> Any:
     from vllm_reroute.runners.v1 import set_step_plan
 
     set_step_plan(self, kwargs.get("num_scheduled_tokens"))

@@ -68,7 +68,9 @@ SEAMS = (
         "FullAttentionManager.find_longest_cache_hit",
         ("block_hashes", "max_length", "kv_cache_group_ids", "block_pool", "kv_cache_spec"),
     ),
-    Seam("vllm.v1.core.single_type_kv_cache_manager", "register_all_kvcache_specs", ("vllm_config",)),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager", "register_all_kvcache_specs", ("vllm_config",)
+    ),
     Seam(
         "vllm.v1.core.block_pool",
         "BlockPool.cache_full_blocks",

@@ -117,9 +117,7 @@ class RoutedAttentionManager(FullAttentionManager):
         by_layer, length = super().find_longest_cache_hit(
             block_hashes, max_length, layer_ids, block_pool, kv_cache_spec, *args, **kwargs
         )
-        groups = (
-            by_layer[i : i + len(per_group)] for i in range(0, len(by_layer), len(per_group))
-        )
+        groups = (by_layer[i : i + len(per_group)] for i in range(0, len(by_layer), len(per_group)))
         return tuple(list(zip(*layers, strict=True)) for layers in groups), length
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.sequence import IntermediateTensors

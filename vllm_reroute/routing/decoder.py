@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 
@@ -55,7 +54,9 @@ class RoutedDecoder(nn.Module):
         super().__init__()
         self.schedule = RoutingSchedule.of(vllm_config)
         self.routing_step = RoutingStep()
-        route_attention([layer.self_attn.attn for layer in layers], self.schedule, self.routing_step)
+        route_attention(
+            [layer.self_attn.attn for layer in layers], self.schedule, self.routing_step
+        )
         self._first_attention: RoutedAttention = layers[0].self_attn.attn
         # In tuples: these modules belong to the language model and load their weights there.
         self._stages = tuple(

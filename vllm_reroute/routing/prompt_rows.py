@@ -31,7 +31,9 @@ class PromptRows:
         return max(self.lens)
 
     @classmethod
-    def of(cls, plan: StepPlan, keep_ratio: float, ratio_index: int, device: torch.device) -> PromptRows:
+    def of(
+        cls, plan: StepPlan, keep_ratio: float, ratio_index: int, device: torch.device
+    ) -> PromptRows:
         """Prompts as laid out in a stage of `keep_ratio` (1.0: all tokens of the step)."""
         lengths = plan.lengths[keep_ratio]
         starts = [int(lengths.query_start_loc[p.index]) for p in plan.prefills]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
