@@ -21,7 +21,12 @@ MULTI_HEAD = replace(TINY, image_size=112)
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Name -> checkpoint of 8 layers and 64 visual tokens."""
     root = tmp_path_factory.mktemp("models")
-    shapes: dict[str, LlavaShape] = {"grouped": GROUPED, "multi-head": MULTI_HEAD}
+    shapes: dict[str, LlavaShape] = {
+        "grouped": GROUPED,
+        "multi-head": MULTI_HEAD,
+        "mistral": replace(GROUPED, backbone="mistral"),
+        "qwen2": replace(GROUPED, backbone="qwen2"),
+    }
     return {name: build_local_model(root / name, shape) for name, shape in shapes.items()}
 
 

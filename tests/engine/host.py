@@ -23,6 +23,8 @@ BASE_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # Engines side by side must not be bound to one and the same core.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # These models are too small for a second thread, and threads that wait spin.
+    "OMP_NUM_THREADS": "1",
 }
 V2_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 TIMEOUT_S = 400

@@ -49,14 +49,16 @@ def test_schedule_agrees_with_oracle(
         oracles.check("grouped", schedule, ask, answer)
 
 
-def test_multi_head_attention_agrees_with_oracle(
-    host: EngineHost, models: Any, oracles: OracleAnswers
+@pytest.mark.parametrize("decoder", ["multi-head", "mistral", "qwen2"])
+def test_other_decoders_agree_with_oracle(
+    host: EngineHost, models: Any, oracles: OracleAnswers, decoder: str
 ) -> None:
+    """Every head its own keys; Mistral; Qwen2 with its biases."""
     options = {"schedule": "pdrop", "tier": 128}
     schedule = RerouteOptions.from_mapping(options).resolve(DEPTH)
-    host.engine(**engine_args(models["multi-head"], options))
+    host.engine(**engine_args(models[decoder], options))
     for ask, answer in zip(MIXED, host.call(generate, MIXED), strict=True):
-        oracles.check("multi-head", schedule, ask, answer)
+        oracles.check(decoder, schedule, ask, answer)
 
 
 def test_batch_does_not_change_an_answer(host: EngineHost, models: Any) -> None:

@@ -101,7 +101,9 @@ def test_a_step(rows, pad_reqs, pad_tokens, num_layers):
 
 
 def check(batch, buffers):
-    compact = buffers.fill(batch.common(), batch.lengths)
+    common = batch.common()
+    common.compute_num_computed_tokens()  # remembered over all tokens, as another group's builder would
+    compact = buffers.fill(common, batch.lengths)
     num_reqs = len(batch.rows)
     num_tokens = sum(query for _, query, _ in batch.rows)
     starts = [0, *np.cumsum([query for _, query, _ in batch.rows])]

@@ -208,6 +208,13 @@ def test_a_prefix_grows_while_its_request_decodes():
     assert engine.prefill(again)[1] == 64
 
 
+def test_what_follows_a_found_prefix_is_cached_too():
+    engine = Engine()
+    engine.prefill(text("first", 50))
+    assert engine.prefill(text("second", 100))[1] == 48
+    assert engine.prefill(text("third", 150))[1] == 96
+
+
 def test_chunks_of_a_prompt_are_cached_as_they_run():
     engine = Engine()
     chunked = text("chunked", 64)
@@ -293,12 +300,14 @@ def test_a_short_pool_admits_nothing_and_takes_nothing(request_):
         )
 
 
-def test_cached_blocks_that_may_be_evicted_count_as_taken():
-    """A hit takes blocks out of the free queue: they must not be promised twice."""
+@pytest.mark.parametrize("while_running", [True, False])
+def test_a_found_prefix_is_counted_once(while_running):
+    """Blocks in use need no room; free ones leave the free queue and must not be promised twice."""
     engine = Engine(num_blocks=1 + 4 * DEPTH)
     first = text("first", 32)
     engine.prefill(first)
-    engine.finish(first)
+    if not while_running:
+        engine.finish(first)
     assert engine.prefill(make_request("too long", [*range(32), *range(900, 933)])) is None
     _, num_hit = engine.prefill(make_request("fits", [*range(32), *range(900, 932)]))
     assert (num_hit, engine.pool.get_num_free_blocks()) == (32, 0)

@@ -235,6 +235,27 @@ def test_the_same_image_twice_is_whole_twice(configs):
     steps.finish()
 
 
+def test_a_waiting_image_holds_nothing_in_the_encoder_cache(configs):
+    shared = feature(5, VISUAL, name="shared")
+    steps = Steps(configs["routed"])
+    steps.add(make_request("a", 40, [shared], max_tokens=1))
+    steps.run()
+    steps.add(text("t", 50), make_request("b", 40, [shared]))
+    assert steps.run() == {"t": 50}
+    assert not steps.scheduler.encoder_cache_manager.cached["shared"]
+    assert steps.run() == {"t": 1, "b": 40}
+    steps.finish()
+
+
+def test_an_image_waits_whole_for_the_vision_encoder(configs):
+    """vLLM would run the text before an image that the encoder has no room for."""
+    steps = Steps(configs["routed"])
+    steps.scheduler.max_num_encoder_input_tokens = VISUAL
+    steps.add(image("i", 30), image("j", 30))
+    assert [steps.run() for _ in range(3)] == [{"i": 30}, {"i": 1, "j": 30}, {"i": 1, "j": 1}]
+    steps.finish()
+
+
 def test_a_preempted_image_request_comes_back_whole(configs):
     """Two image requests outgrow the pool; the later one is preempted and repeats its prompt."""
     steps = Steps(configs["routed"], units=6, caching=False)

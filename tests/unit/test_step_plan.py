@@ -44,6 +44,7 @@ def lengths(step):
         ("image prompt, whole", (IMAGE, 0, 30), [[30, 30], [20, 20], [12, 12]]),
         ("image at the start", (NO_TEXT_BEFORE, 0, 30), [[30, 30], [20, 20], [12, 12]]),
         ("image at the end", (LAST, 0, 30), [[30, 30], [20, 20], [12, 12]]),
+        ("the text before an image, alone", (IMAGE, 0, 4), [[4, 4], [4, 4], [4, 4]]),
         ("several images", (TWO_IMAGES, 0, 30), [[30, 30], [20, 20], [12, 12]]),
         ("first decode behind an image", (IMAGE, 30, 1), [[1, 31], [1, 21], [1, 13]]),
         ("later decode behind an image", (IMAGE, 47, 1), [[1, 48], [1, 38], [1, 30]]),
