@@ -35,7 +35,7 @@ class OracleAnswers:
                 layers=schedule.layers,
                 keep=schedule.keep,
             )
-        request = (key, ask.text, ask.images, tuple(prompt))
+        request = (key, ask.text, ask.images, ask.max_tokens, tuple(prompt))
         if request not in self._results:
             pixels = None
             if ask.images:

@@ -29,7 +29,7 @@ CUSTOM = [
     {"layers": [2, 4, 6], "keep": [0.3, 1.0, 0.3]},
     # One layer, then five.
     {"layers": [1, 2, 7], "keep": [0.7, 0.25, 0.02]},
-    {"schedule": "pdrop", "budget": 120},
+    {"schedule": "pdrop", "budget": 200},
 ]
 
 

@@ -62,8 +62,7 @@ def solve_keep_ratios(
     low, high = 0.0, 2.0 ** len(layers)
     for _ in range(_BISECTION_STEPS):
         first = (low + high) / 2
-        kept = (max(1.0, visual * r) for r in _shape(published, first))
-        total = sum(n * k for n, k in zip(sizes[1:], kept, strict=True))
+        total = sum(n * visual * r for n, r in zip(sizes[1:], _shape(published, first), strict=True))
         low, high = (first, high) if total < wanted else (low, first)
     counts = [max(1, round(visual * r)) for r in _shape(published, high)]
     return tuple(_ratio_for(count) for count in _nudge(counts, sizes[1:], wanted))

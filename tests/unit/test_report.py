@@ -1,0 +1,57 @@
+"""The block a routed engine logs at start says what its live requests will really hold."""
+
+import re
+
+import pytest
+
+from vllm_reroute.config import CONFIG_KEY, RerouteOptions, RoutingSchedule
+from vllm_reroute.kv_cache.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
+from vllm_reroute.report import engine_report
+
+from .parts import VISUAL, kv_cache_config
+
+DEPTH = 8
+HIDDEN = 64  # of the model in `model_folder`, in 32-bit
+
+
+@pytest.fixture(scope="module")
+def config(engine_config):
+    def make(**options):
+        return engine_config(
+            max_num_batched_tokens=512, dtype="float32", additional_config={CONFIG_KEY: options}
+        )
+
+    return make
+
+
+def footprint(schedule, block_size):
+    return RequestFootprint(
+        schedule=schedule,
+        num_visual=VISUAL,
+        num_text=TYPICAL_TEXT_TOKENS,
+        bytes_per_token=2 * 32 * 2,
+        block_size=block_size,
+    )
+
+
+@pytest.mark.parametrize("action", ["reroute", "remove"])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_the_report_agrees_with_the_pool(config, action, block_size):
+    vllm_config = config(layers=[2, 5], keep=[0.5, 0.25], action=action)
+    schedule = RoutingSchedule.of(vllm_config)
+    assert schedule == RerouteOptions(action=action, layers=(2, 5), keep=(0.5, 0.25)).resolve(DEPTH)
+    expect = footprint(schedule, block_size)
+    dense_blocks = DEPTH * -(-(VISUAL + TYPICAL_TEXT_TOKENS) // block_size)
+    # One block of the pool is vLLM's null block, so seven requests do not fit into seven requests' blocks.
+    for num_blocks, fit in ((7 * expect.routed_blocks, 6), (7 * expect.routed_blocks + 1, 7)):
+        shown = engine_report(
+            vllm_config, kv_cache_config(schedule, num_blocks, block_size=block_size)
+        )
+        assert f"{fit} routed, {(num_blocks - 1) // dense_blocks} dense" in shown
+    numbers = [float(number) for number in re.findall(r"([\d.]+) MiB", shown)]
+    side_buffer = 512 * HIDDEN * 4 if action == "reroute" else 0
+    assert numbers == pytest.approx(
+        [expect.dense_bytes / 2**20, expect.routed_bytes / 2**20, side_buffer / 2**20], abs=5e-4
+    )
+    assert f"custom, action {action}" in shown and "2, 5 of 8" in shown and "0.5, 0.25" in shown
+    assert f"{schedule.average(VISUAL):.1f} per layer on average, of {VISUAL}" in shown
