@@ -1,13 +1,13 @@
-"""Fixtures shared by the unit tests."""
+"""Fixtures shared by the unit tests. vLLM is imported by those that need it: it takes a while."""
 
 import pytest
-
-from .parts import save_model_folder
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A folder vLLM can make a config of: LLaVA-1.5, 8 layers, 16 visual tokens an image."""
+    from .parts import save_model_folder
+
     return save_model_folder(tmp_path_factory.mktemp("models") / "tiny-llava")
 
 

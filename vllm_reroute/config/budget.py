@@ -62,7 +62,9 @@ def solve_keep_ratios(
     low, high = 0.0, 2.0 ** len(layers)
     for _ in range(_BISECTION_STEPS):
         first = (low + high) / 2
-        total = sum(n * visual * r for n, r in zip(sizes[1:], _shape(published, first), strict=True))
+        total = sum(
+            n * visual * r for n, r in zip(sizes[1:], _shape(published, first), strict=True)
+        )
         low, high = (first, high) if total < wanted else (low, first)
     counts = [max(1, round(visual * r)) for r in _shape(published, high)]
     return tuple(_ratio_for(count) for count in _nudge(counts, sizes[1:], wanted))
