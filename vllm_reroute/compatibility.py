@@ -6,9 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_reroute.models.visual_tokens import fixed_visual_tokens
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+
+TESTED_QUANTIZATION = ("compressed-tensors",)
+"""Quantisation methods of weights that tests compare with an oracle."""
+
+_WEIGHTS = f"unquantised weights, {', '.join(TESTED_QUANTIZATION)}"
 
 PLAIN_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 ALLOWED_CUDAGRAPH_MODES = ("NONE", "FULL_DECODE_ONLY")
@@ -67,9 +74,21 @@ REFUSALS = (
     _only("ubatch_size", 0, "a decision cannot be split over micro-batches"),
     _unset("disable_hybrid_kv_cache_manager", "every keep ratio is a KV cache group of its own"),
     _unset("kv_sharing_fast_prefill", "deferred tokens already skip layers"),
-    _unset("enable_lora", "scoring reads the key projection without adapters"),
-    _unset("enable_prompt_embeds", "it is untested"),
-    _unset("enable_mm_embeds", "it is untested"),
+    Refusal(
+        option="enable_lora",
+        allowed="unset",
+        accepts=lambda v: not v,
+        why="vLLM assigns adapters by a token's place in the step, and a stage runs some tokens only",
+        cure="Merge the adapter into the weights (peft's merge_and_unload) and serve those",
+    ),
+    _unset("enable_prompt_embeds", "embeddings of a whole prompt do not say which are visual"),
+    Refusal(
+        option="video_pruning_rate",
+        allowed="unset",
+        accepts=lambda v: not v,
+        why="it removes video tokens for good before the decoder, and keep ratios are shares of all",
+        cure="Leave it out and let the schedule choose, with a lower tier if need be",
+    ),
     _unset(
         "long_prefill_token_threshold",
         "a prompt with images runs in one step, whatever its length",
@@ -78,7 +97,12 @@ REFUSALS = (
         "max_num_scheduled_tokens",
         "a prompt with images runs in one step of --max-num-batched-tokens",
     ),
-    _unset("quantization", "routing on quantised weights is untested"),
+    Refusal(
+        option="quantization",
+        allowed=_WEIGHTS,
+        accepts=lambda v: v is None or v in TESTED_QUANTIZATION,
+        why="routing has not been tested with it",
+    ),
     _unset("scheduler_cls", "routing brings its own scheduler"),
     Refusal(
         option="runner",
@@ -112,11 +136,12 @@ def check_arguments(engine_args: EngineArgs) -> None:
 
 def check_config(vllm_config: VllmConfig) -> None:
     """Refuse what only the finished config shows. Raises ValueError."""
-    if vllm_config.model_config.quantization is not None:
+    quantization = vllm_config.model_config.quantization
+    if quantization is not None and quantization not in TESTED_QUANTIZATION:
         raise ValueError(
-            f"The checkpoint is quantised with {vllm_config.model_config.quantization!r}, which "
-            "visual-token routing has not been tested with. Allowed: unquantised weights. Use an "
-            "unquantised checkpoint, or serve without --reroute-schedule."
+            f"The checkpoint is quantised with {quantization!r}, which visual-token routing has "
+            f"not been tested with. Allowed: {_WEIGHTS}. Use such a checkpoint, or serve without "
+            "--reroute-schedule."
         )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(
@@ -128,20 +153,17 @@ def check_config(vllm_config: VllmConfig) -> None:
 
 
 def _check_image_fits_one_step(vllm_config: VllmConfig) -> None:
+    """Where every image takes the same room, find out now. Else large ones are refused on arrival."""
     budget = vllm_config.scheduler_config.max_num_batched_tokens
-    if budget >= vllm_config.model_config.max_model_len:
+    model_config = vllm_config.model_config
+    visual_tokens = fixed_visual_tokens(model_config.hf_config)
+    if visual_tokens is None or budget >= model_config.max_model_len:
         return
-    from vllm.multimodal import MULTIMODAL_REGISTRY
-    from vllm.multimodal.encoder_budget import MultiModalBudget
-
-    tokens = MultiModalBudget(
-        vllm_config, MULTIMODAL_REGISTRY, enable_cache=False
-    ).mm_max_toks_per_item
-    needed = tokens.get("image", 0) + 1
+    needed = visual_tokens + 1
     if needed > budget:
         raise ValueError(
             f"--max-num-batched-tokens {budget} is too small for visual-token routing: a prompt "
-            f"with images runs in one step, and one image of this model takes up to {needed - 1} "
-            f"tokens. Allowed: more than {needed - 1}, plus room for the text; {2 * needed} is a "
+            f"with images runs in one step, and an image of this model takes {visual_tokens} "
+            f"tokens. Allowed: more than {visual_tokens}, plus room for the text; {2 * needed} is a "
             "good start."
         )

@@ -14,6 +14,7 @@ from vllm_reroute.config import CONFIG_KEY, RerouteOptions
 from vllm_reroute.hooks.input_processor import INPUT_PROCESSOR
 from vllm_reroute.hooks.seams import check_vllm
 from vllm_reroute.models.architectures import RoutedArchitecture
+from vllm_reroute.models.deepstack import first_decision_layer
 
 if TYPE_CHECKING:
     from vllm.config import CompilationConfig, VllmConfig
@@ -60,8 +61,11 @@ def configure_routing(vllm_config: VllmConfig, options: RerouteOptions) -> VllmC
 
     Raises ValueError for a schedule or feature that does not fit.
     """
-    num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-    schedule = options.resolve(num_layers)
+    model_config = vllm_config.model_config
+    schedule = options.resolve(
+        model_config.hf_text_config.num_hidden_layers,
+        first_decision_layer(model_config.hf_config),
+    )
     additional: dict[str, Any] = dict(vllm_config.additional_config)
     additional[CONFIG_KEY] = schedule.to_dict()
     vllm_config.additional_config = additional

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_reroute.hooks.engine_args import ENGINE_ARGS
-from vllm_reroute.models.architectures import ROUTED_ARCHITECTURES, routed_name
+from vllm_reroute.models.families import FAMILIES, routed_name
 
 
 def register() -> None:
@@ -17,7 +17,7 @@ def register() -> None:
     from vllm_reroute.kv_cache.registration import register_routed_spec
 
     register_routed_spec()
-    for architecture, model_class in ROUTED_ARCHITECTURES.items():
-        ModelRegistry.register_model(routed_name(architecture), model_class)
+    for family in FAMILIES:
+        ModelRegistry.register_model(routed_name(family.architecture), family.model_class)
     for hook in ENGINE_ARGS:
         hook.install()

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from vllm_reroute.config.routing_schedule import RoutingSchedule
 from vllm_reroute.kv_cache.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
-from vllm_reroute.models.visual_tokens import visual_tokens_per_image
+from vllm_reroute.models.deepstack import first_decision_layer
+from vllm_reroute.models.visual_tokens import fixed_visual_tokens, visual_tokens_per_image
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -66,6 +68,7 @@ def engine_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
     held = rows * row_bytes if schedule.reroutes else 0
     lines = [
         *schedule_lines(schedule, num_visual),
+        *_model_lines(model_config.hf_config, num_visual),
         "",
         *footprint_lines(footprint),
         f"image requests that fit the KV pool at once: {usable // footprint.routed_blocks} routed, "
@@ -74,3 +77,17 @@ def engine_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
         f"({rows if held else 0} rows of {row_bytes} bytes), allocated with the model",
     ]
     return "visual-token routing\n" + "\n".join(f"  {line}".rstrip() for line in lines)
+
+
+def _model_lines(hf_config: PretrainedConfig, num_visual: int) -> list[str]:
+    """What this model does differently from one with a fixed grid and plain layers."""
+    lines = []
+    if fixed_visual_tokens(hf_config) is None:
+        lines.append(f"images of this model vary in size: {num_visual} visual tokens is an example")
+    first = first_decision_layer(hf_config)
+    if first > 1:
+        lines.append(
+            f"image features also enter after layers 0 to {first - 1} (deepstack): the first "
+            f"decision layer is {first} or later"
+        )
+    return [""] * bool(lines) + lines

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vllm_reroute.models.families import FAMILIES
+
 SHORT_NAMES: dict[str, str] = {
-    "llava-1.5": "llava-hf/llava-1.5-7b-hf",
-    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
-    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+    short: full for family in FAMILIES for short, full in family.short_names.items()
 }
 """Short name -> Hugging Face id."""
 

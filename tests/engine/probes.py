@@ -43,11 +43,12 @@ def recorded_decisions() -> Iterator[dict[int, list[list[int]]]]:
     plans: list[Any] = []
     take, run_routed = RunningTokens.take, RoutedDecoder._run_routed
 
-    def recording_run(self: Any, hidden_states: Any, positions: Any, plan: Any) -> Any:
+    def recording_run(self: Any, *inputs: Any) -> Any:
+        plan = inputs[-1]
         plans.append(plan)
         for prefill in plan.prefills:
             decisions[prefill.routing.num_prompt] = []
-        return run_routed(self, hidden_states, positions, plan)
+        return run_routed(self, *inputs)
 
     def recording_take(self: Any, rows: Any) -> Any:
         taken = take(self, rows)

@@ -10,7 +10,8 @@ from vllm_reroute.command_line.flags import add_reroute_flags, options_from_flag
 from vllm_reroute.config.options import RerouteOptions
 from vllm_reroute.config.schedules import SCHEDULES, TIERS
 from vllm_reroute.kv_cache.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
-from vllm_reroute.short_names import SHORT_NAMES, resolve_model
+from vllm_reroute.models.families import FAMILIES
+from vllm_reroute.short_names import resolve_model
 
 EXAMPLE = "vllm-reroute plan --model llava-1.5 --reroute-schedule pdrop --reroute-tier 64"
 
@@ -50,8 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_reroute_flags(plan)
     plan.set_defaults(run=_plan)
-    schedules = commands.add_parser("schedules", help="published schedules, tiers and short names")
+    schedules = commands.add_parser("schedules", help="published schedules and tiers")
     schedules.set_defaults(run=_schedules)
+    models = commands.add_parser("models", help="models that can be routed, with short names")
+    models.set_defaults(run=_models)
     return parser
 
 
@@ -66,6 +69,7 @@ def _plan(args: argparse.Namespace) -> list[str]:
     from transformers import AutoConfig
 
     from vllm_reroute.models.architectures import RoutedArchitecture
+    from vllm_reroute.models.deepstack import first_decision_layer
     from vllm_reroute.models.visual_tokens import visual_tokens_per_image
     from vllm_reroute.report import footprint_lines, schedule_lines
 
@@ -75,7 +79,7 @@ def _plan(args: argparse.Namespace) -> list[str]:
     model = resolve_model(args.model)
     config = RoutedArchitecture(None)(AutoConfig.from_pretrained(model))
     text = config.get_text_config()
-    schedule = options.resolve(text.num_hidden_layers)
+    schedule = options.resolve(text.num_hidden_layers, first_decision_layer(config))
     num_visual = visual_tokens_per_image(config)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     # Like vLLM, which serves float32 checkpoints in a 16-bit type unless told otherwise.
@@ -109,6 +113,16 @@ def _schedules(_: argparse.Namespace) -> list[str]:
                     f"{name:<8}  {action:<7}  {tier:>4}  {layers:<15}  {keep:<28} "
                     f"{schedule.average():>8.1f}"
                 )
-    lines += ["", "none      serve without routing", "", "Short model names:"]
-    lines += [f"  {short:<14} {full}" for short, full in SHORT_NAMES.items()]
+    return [*lines, "", "none      serve without routing"]
+
+
+def _models(_: argparse.Namespace) -> list[str]:
+    lines = [
+        "Models that can be routed. Any checkpoint of these architectures works, by id or folder;",
+        "a short name stands for the id wherever a reroute flag is given. Real weights of these",
+        "checkpoints were not run: tested means small seeded models against an independent oracle.",
+    ]
+    for family in FAMILIES:
+        lines += ["", f"{family.title}: {family.architecture}", f"  tested: {family.tested}"]
+        lines += [f"  {short:<22} {full}" for short, full in family.short_names.items()]
     return lines

@@ -75,19 +75,22 @@ class RerouteOptions:
         """Whether these options ask for routing at all."""
         return (self.schedule or NO_SCHEDULE) != NO_SCHEDULE or self.layers is not None
 
-    def resolve(self, num_layers: int) -> RoutingSchedule:
+    def resolve(self, num_layers: int, first_decision_layer: int = 1) -> RoutingSchedule:
         """The complete schedule for a decoder of `num_layers` layers.
 
-        Raises ValueError when the options do not fit that depth.
+        first_decision_layer: the lowest the model allows. A named schedule that starts below it
+        is moved up, decision layers of the user's own are not.
+
+        Raises ValueError when the options do not fit that decoder.
         """
         action = self.action or DEFAULT_ACTION
         if self.layers is not None and self.keep is not None:
             name, layers, keep = "custom", self.layers, self.keep
-            _check_depth(layers, num_layers)
+            _check_depth(layers, num_layers, first_decision_layer)
         else:
             assert self.schedule is not None, "resolve() needs active options"
             name, published = self.schedule, SCHEDULES[self.schedule][action]
-            layers = scale_decision_layers(published.layers, num_layers)
+            layers = scale_decision_layers(published.layers, num_layers, first_decision_layer)
             keep = self._keep_ratios(published, num_layers, layers)
         if action == "remove":
             keep = tuple(itertools.accumulate(keep, min))
@@ -161,7 +164,13 @@ def _check_custom(layers: Sequence[int], keep: Sequence[float]) -> None:
             )
 
 
-def _check_depth(layers: Sequence[int], num_layers: int) -> None:
+def _check_depth(layers: Sequence[int], num_layers: int, first_decision_layer: int) -> None:
+    if layers[0] < first_decision_layer:
+        raise ValueError(
+            f"--reroute-layers {','.join(map(str, layers))} starts too early: this model adds image "
+            f"features after its decoder layers 0 to {first_decision_layer - 1} (deepstack), which "
+            f"deferred tokens would miss. Start at {first_decision_layer} or later."
+        )
     if layers[-1] >= num_layers:
         raise ValueError(
             f"--reroute-layers {','.join(map(str, layers))} must stay below the model's "

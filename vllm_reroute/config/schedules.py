@@ -73,22 +73,25 @@ SCHEDULES: dict[str, dict[Action, PublishedSchedule]] = {
 """name -> action -> what was published. `none` is not a schedule: it means stock vLLM."""
 
 
-def scale_decision_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+def scale_decision_layers(
+    layers: Sequence[int], num_layers: int, first_decision_layer: int = 1
+) -> tuple[int, ...]:
     """Move decision layers published for 32 layers to a decoder of another depth.
 
-    The first stays where it is (early layers mix in the image at any depth), the others go to
+    The first stays where it is (early layers mix in the image at any depth), unless the model
+    allows no decision below `first_decision_layer`. The others go to
     floor(layer * num_layers / 32), pushed up where needed to stay strictly increasing. This
     gives the published 28-layer positions of Qwen2.5-VL-7B exactly.
 
     Raises ValueError when they do not fit below `num_layers`.
     """
-    scaled = [layers[0]]
+    scaled = [max(layers[0], first_decision_layer)]
     for layer in layers[1:]:
         scaled.append(max(layer * num_layers // PUBLISHED_DEPTH, scaled[-1] + 1))
     if scaled[-1] >= num_layers:
         raise ValueError(
             f"The schedule's decision layers {tuple(layers)} do not fit a decoder of {num_layers} "
-            f"layers: at least {layers[0] + len(layers)} are needed. Choose fewer decisions with "
+            f"layers: at least {scaled[0] + len(layers)} are needed. Choose fewer decisions with "
             "--reroute-layers and --reroute-keep, or a deeper model."
         )
     return tuple(scaled)

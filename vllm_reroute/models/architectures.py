@@ -1,22 +1,14 @@
-"""Which model classes can be routed, and how an engine comes to use the routed one."""
+"""How an engine comes to use the routed class of its model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm_reroute.models.families import FAMILIES, family_of, routed_name
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-ROUTED_ARCHITECTURES: dict[str, str] = {
-    "LlavaForConditionalGeneration": "vllm_reroute.models.llava:RerouteLlavaForConditionalGeneration",
-}
-"""Stock architecture -> routed model class, imported by vLLM only when it is used."""
-
-
-def routed_name(architecture: str) -> str:
-    """Name under which the routed class of a stock architecture is registered."""
-    return f"Reroute{architecture}"
 
 
 class RoutedArchitecture:
@@ -39,15 +31,14 @@ class RoutedArchitecture:
 
 
 def _routed(architecture: str) -> str:
-    if architecture in map(routed_name, ROUTED_ARCHITECTURES):
-        return architecture
-    if architecture not in ROUTED_ARCHITECTURES:
+    family = family_of(architecture)
+    if family is None:
         raise ValueError(
             f"--reroute-schedule cannot route the architecture {architecture!r}. Supported: "
-            f"{', '.join(sorted(ROUTED_ARCHITECTURES))}. Serve this model without "
-            "--reroute-schedule."
+            f"{', '.join(sorted(family.architecture for family in FAMILIES))}. Serve this model "
+            "without --reroute-schedule."
         )
-    return routed_name(architecture)
+    return routed_name(family.architecture)
 
 
 def _update(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
+from vllm.sequence import IntermediateTensors
 
 from vllm_reroute.attention.layer import RoutedAttention, RoutingStep, route_attention
 from vllm_reroute.attention.metadata import RoutedAttentionMetadata
@@ -82,16 +83,22 @@ class RoutedDecoder(nn.Module):
         for scorer in self._scorers:
             scorer.take_key_weights()
 
-    def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor,
+        additions: IntermediateTensors | None = None,
+    ) -> torch.Tensor:
         """Final hidden states [tokens, hidden] of all tokens of the step, padding included.
 
-        hidden_states: [tokens, hidden], the embeddings. positions: [tokens] or [3, tokens]. Rows
-        of tokens that did not run the last stage hold zeros: nothing samples from them.
+        hidden_states: [tokens, hidden], the embeddings. positions: [tokens] or [3, tokens].
+        additions: [tokens, hidden] tensors to add after the first layers, one each. Rows of tokens
+        that did not run the last stage hold zeros: nothing samples from them.
         """
         plan = self._current_plan()
         if plan is None or not plan.prefills:
-            return self._run_all(hidden_states, positions)
-        return self._run_routed(hidden_states, positions, plan)
+            return self._run_all(hidden_states, positions, additions)
+        return self._run_routed(hidden_states, positions, additions, plan)
 
     def _current_plan(self) -> StepPlan | None:
         """The plan travels with the metadata of the step that is really running."""
@@ -102,18 +109,30 @@ class RoutedDecoder(nn.Module):
         assert isinstance(own, RoutedAttentionMetadata), type(own)
         return own.plan
 
-    def _run_all(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        residual = None
-        for stage in self._stages:
+    def _run_all(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor,
+        additions: IntermediateTensors | None,
+    ) -> torch.Tensor:
+        first, *others = self._stages
+        hidden_states, residual = first(positions, hidden_states, None, additions)
+        for stage in others:
             hidden_states, residual = stage(positions, hidden_states, residual)
         return self._norm[0](hidden_states, residual)[0]
 
     def _run_routed(
-        self, hidden_states: torch.Tensor, positions: torch.Tensor, plan: StepPlan
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor,
+        additions: IntermediateTensors | None,
+        plan: StepPlan,
     ) -> torch.Tensor:
         device, num_tokens = hidden_states.device, plan.num_tokens
         positions = positions[..., :num_tokens]
-        hidden, residual = self._stages[0](positions, hidden_states[:num_tokens], None)
+        if additions is not None:
+            additions = additions[:num_tokens]
+        hidden, residual = self._stages[0](positions, hidden_states[:num_tokens], None, additions)
         tokens = RunningTokens(
             stream=self._merged(hidden, residual),
             positions=positions,

@@ -25,14 +25,16 @@ class LastTokenScorer:
     """Scores the visual tokens of a step's image prompts at one decision layer.
 
     Works on the decision layer's own input: RMSNorm, q of the last prompt token, k of every
-    prompt token present, rope, per-head softmax over these keys, mean over all heads.
-    One row per request; never a map over queries.
+    prompt token present, per-head norms where the model has them (Qwen3), rope, per-head softmax
+    over these keys, mean over all heads. One row per request; never a map over queries.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         self.norm = layer.input_layernorm
         self.attention = layer.self_attn
         self.num_heads = get_tp_group().world_size * self.attention.num_heads
+        modules = dict(self.attention.named_children())
+        self._head_norms = {n: modules[n] for n in ("q_norm", "k_norm") if n in modules}
         self._key_weight: torch.Tensor | None = None
         self._key_bias: torch.Tensor | None = None
 
@@ -77,7 +79,7 @@ class LastTokenScorer:
     def _queries(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         attention = self.attention
         fused, _ = attention.qkv_proj(self.norm(states))
-        queries = fused[:, : attention.q_size].contiguous()
+        queries = self._head_norm("q_norm", fused[:, : attention.q_size].contiguous())
         queries, _ = attention.rotary_emb(positions, queries, self._one_head(states))
         return queries.view(len(states), -1, attention.head_dim)
 
@@ -89,8 +91,15 @@ class LastTokenScorer:
             fused, _ = attention.qkv_proj(normed)
             first = attention.q_size
             keys = fused[:, first : first + attention.kv_size].contiguous()
+        keys = self._head_norm("k_norm", keys)
         _, keys = attention.rotary_emb(positions, self._one_head(states), keys)
         return keys.view(len(states), -1, attention.head_dim)
+
+    def _head_norm(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        norm = self._head_norms.get(name)
+        if norm is None:
+            return states
+        return norm(states.unflatten(-1, (-1, self.attention.head_dim))).flatten(-2)
 
     def _one_head(self, states: torch.Tensor) -> torch.Tensor:
         # Rotary embeddings take queries and keys together; the other side is not needed.

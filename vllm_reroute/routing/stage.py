@@ -9,6 +9,7 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
+from vllm.sequence import IntermediateTensors
 
 from vllm_reroute.config import Stage
 
@@ -19,6 +20,8 @@ def build_stage(layers: Sequence[nn.Module], stage: Stage, vllm_config: VllmConf
     Called as `(positions, hidden_states, residual)` with [tokens] or [3, tokens] positions and
     the [tokens, hidden] pair vLLM's decoder layers hand on; residual is None for the model's
     first stage, and for that one only: vLLM compiles a module once and drops the guards.
+    `additions`, for the first stage of a family that has them: [tokens, hidden] tensors, the n-th
+    of which is added to the hidden states after the n-th layer.
     """
     name = f"Layers{stage.first_layer}To{stage.end_layer}"
 
@@ -27,9 +30,13 @@ def build_stage(layers: Sequence[nn.Module], stage: Stage, vllm_config: VllmConf
         positions: torch.Tensor,
         hidden_states: torch.Tensor,
         residual: torch.Tensor | None,
+        additions: IntermediateTensors | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        for layer in self.layers:
+        added = () if additions is None else tuple(additions.tensors.values())
+        for index, layer in enumerate(self.layers):
             hidden_states, residual = layer(positions, hidden_states, residual)
+            if index < len(added):
+                hidden_states = hidden_states + added[index]
         return hidden_states, residual
 
     # Compiled code is cached by class, code object and qualified name: each stage needs its own.
@@ -37,7 +44,7 @@ def build_stage(layers: Sequence[nn.Module], stage: Stage, vllm_config: VllmConf
     forward.__code__ = forward.__code__.replace(co_name="forward", co_qualname=f"{name}.forward")
     stage_class = type(name, (_DecoderStage,), {"forward": forward, "__module__": __name__})
     compiled_class = support_torch_compile(
-        dynamic_arg_dims={"positions": -1, "hidden_states": 0, "residual": 0}
+        dynamic_arg_dims={"positions": -1, "hidden_states": 0, "residual": 0, "additions": 0}
     )(stage_class)
     with set_model_tag(f"reroute_{name}"):
         return compiled_class(layers, vllm_config=vllm_config)

@@ -1,0 +1,72 @@
+"""What every routed model class adds to vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from vllm.config import VllmConfig
+from vllm.sequence import IntermediateTensors
+
+from vllm_reroute.routing.decoder import RoutedDecoder
+from vllm_reroute.runners import connect_runner
+
+
+class Rerouted:
+    """Mixin in front of a vLLM vision-language model: only the loop over decoder layers changes.
+
+    Vision tower, merging of embeddings, positions, weights and processor stay vLLM's. A family
+    whose decoder is not `language_model.model` overrides `decoder`; one that adds features
+    between layers overrides `layer_additions`.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        connect_runner(vllm_config)
+        decoder = self.decoder
+        self.routed_decoder = RoutedDecoder(decoder.layers, decoder.norm, vllm_config)
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """The module that holds the decoder's `layers` and its final `norm`."""
+        return self.language_model.model
+
+    def layer_additions(self, num_tokens: int) -> IntermediateTensors | None:
+        """[tokens, hidden] tensors to add after layers 0, 1, …, in order; None for most families.
+
+        As many as `first_decision_layer` (`deepstack.py`) allows for: all are in before the first
+        decision.
+        """
+        return None
+
+    def layer_additions_done(self, num_tokens: int) -> None:
+        """Called once the step's additions have been used."""
+
+    @classmethod
+    def get_model_state_cls(cls) -> type:
+        """Asked for by the V2 model runner."""
+        from vllm_reroute.runners.v2 import RoutedModelState
+
+        return RoutedModelState
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        assert intermediate_tensors is None, "pipeline parallelism is refused at start"
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_input_ids(input_ids)
+        additions = self.layer_additions(len(inputs_embeds))
+        output = self.routed_decoder(inputs_embeds, positions, additions)
+        if additions is not None:
+            self.layer_additions_done(len(inputs_embeds))
+        return output
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = super().load_weights(weights)
+        self.routed_decoder.take_key_weights()
+        return loaded
