@@ -9,6 +9,7 @@ from vllm_reroute.command_line import main
 from vllm_reroute.config import RerouteOptions
 from vllm_reroute.config.schedules import ACTIONS, SCHEDULES, TIERS
 from vllm_reroute.kv_cache.footprint import RequestFootprint
+from vllm_reroute.models.families import FAMILIES
 from vllm_reroute.short_names import SHORT_NAMES
 
 DEPTH = 16
@@ -29,7 +30,12 @@ def model(tmp_path_factory):
         vocab_size=128,
     )
     vision = CLIPVisionConfig(image_size=112, patch_size=14, num_hidden_layers=2)
-    LlavaConfig(vision_config=vision, text_config=text, image_token_index=5).save_pretrained(folder)
+    LlavaConfig(
+        architectures=["LlavaForConditionalGeneration"],
+        vision_config=vision,
+        text_config=text,
+        image_token_index=5,
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -192,5 +198,14 @@ def test_schedules_lists_what_there_is(capsys):
         assert line.split()[3] == ",".join(map(str, schedule.layers))
         assert line.split()[4] == ",".join(f"{ratio:g}" for ratio in schedule.keep)
         assert float(line.split()[5]) == pytest.approx(schedule.average(), abs=0.051)
+
+
+def test_models_lists_every_family(capsys):
+    code, out, err = run(capsys, "models")
+    assert (code, err) == (0, [])
     shown = "\n".join(out)
-    assert all(short in shown and full in shown for short, full in SHORT_NAMES.items())
+    for family in FAMILIES:
+        assert f"{family.title}: {family.architecture}" in shown
+        assert f"tested: {family.tested}" in shown
+    rows = {tuple(line.split()) for line in out}
+    assert set(SHORT_NAMES.items()) <= rows

@@ -41,7 +41,10 @@ def decoder(*, reroutes: bool) -> RoutedDecoder:
     torch.nn.Module.__init__(routed)
     routed.schedule = SimpleNamespace(keep=RATIOS[1:], ratios=RATIOS, reroutes=reroutes)
     routed._stages = tuple(
-        lambda positions, hidden, residual: (hidden + 1, hidden if residual is None else residual)
+        lambda positions, hidden, residual, additions=None: (
+            hidden + 1,
+            hidden if residual is None else residual,
+        )
         for _ in RATIOS
     )
     routed._scorers = (FakeScorer(), FakeScorer())
@@ -57,7 +60,7 @@ def test_routed_step_reads_nothing_back(reroutes: bool) -> None:
     plan = plan_step(np.array([0, 7]), np.array([20, 1]), [image, None], RATIOS)
     with FakeTensorMode(allow_non_fake_inputs=True):
         routed = decoder(reroutes=reroutes)
-        output = routed._run_routed(torch.randn(24, HIDDEN), torch.arange(24), plan)
+        output = routed._run_routed(torch.randn(24, HIDDEN), torch.arange(24), None, plan)
     assert output.shape == (24, HIDDEN)
 
 

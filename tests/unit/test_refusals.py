@@ -43,7 +43,7 @@ BAD_VALUES = {
     "kv_sharing_fast_prefill": (True, "True"),
     "enable_lora": (True, "True"),
     "enable_prompt_embeds": (True, "True"),
-    "enable_mm_embeds": (True, "True"),
+    "video_pruning_rate": (0.5, "0.5"),
     "long_prefill_token_threshold": (256, "256"),
     "max_num_scheduled_tokens": (256, "256"),
     "quantization": ("fp8", "fp8"),
@@ -96,6 +96,9 @@ def test_messages_name_flags_that_exist():
     "option,value",
     [
         ("tensor_parallel_size", 2),
+        ("enable_mm_embeds", True),
+        ("video_pruning_rate", 0.0),
+        ("quantization", "compressed-tensors"),
         ("kv_cache_dtype", "bfloat16"),
         ("runner", "generate"),
         ("enable_prefix_caching", False),
@@ -159,7 +162,7 @@ def test_a_budget_no_image_fits_is_refused(engine_config):
         engine_config(max_num_batched_tokens=16, **options)
     for part in (
         "--max-num-batched-tokens 16",
-        "up to 16 tokens",
+        "takes 16 tokens",
         "Allowed: more than 16",
         "34 is a good start",
     ):
