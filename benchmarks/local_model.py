@@ -6,13 +6,10 @@ Prints the folder. Without options that is the demo's model.
 """
 
 import argparse
-import json
-import os
-import shutil
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,16 +24,16 @@ from transformers import (
     Qwen2Config,
 )
 
+from benchmarks.checkpoint_folder import build_folder
 from benchmarks.local_tokenizer import (
     VOCABULARY_SIZE,
     image_token_id,
     make_processor,
     word_token_ids,
 )
-from benchmarks.seeded_weights import fill_weights
+from benchmarks.seeded_weights import clouds, fill_weights, normalise_visual_tokens
 
 MODELS = Path(__file__).resolve().parent.parent / ".local" / "models"
-MARKER = "shape.json"
 # Raised whenever the same shape would give other files, so that older folders are made anew.
 RECIPE = 2
 
@@ -140,44 +137,8 @@ def default_model() -> Path:
 
 
 def build_local_model(path: Path | str, shape: LlavaShape) -> Path:
-    """Makes the checkpoint at `path` unless it is there already. Complete or absent: built aside, then renamed."""
-    path = Path(path)
-    wanted = {"recipe": RECIPE, **asdict(shape)}
-    if _marker(path) == wanted:
-        return path
-    if path.exists() and _marker(path) is None:
-        raise ValueError(
-            f"{path} exists and was not made by this program. Name another folder, or remove it."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        _save(building, shape)
-        (building / MARKER).write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-        building.chmod(0o755)
-        _replace(path, building, wanted)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return path
-
-
-def _marker(path: Path) -> dict | None:
-    try:
-        return json.loads((path / MARKER).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _replace(path: Path, building: Path, wanted: dict) -> None:
-    """Renames `building` to `path`, dropping an older checkpoint. Of several builders at once, the first wins."""
-    if _marker(path) == wanted:
-        return
-    shutil.rmtree(path, ignore_errors=True)
-    try:
-        os.rename(building, path)
-    except OSError:
-        if _marker(path) != wanted:
-            raise
+    """Makes the checkpoint at `path` unless it is there already."""
+    return build_folder(path, {"recipe": RECIPE, **asdict(shape)}, partial(_save, shape=shape))
 
 
 def _save(folder: Path, shape: LlavaShape) -> None:
@@ -188,6 +149,10 @@ def _save(folder: Path, shape: LlavaShape) -> None:
         f"making a LLaVA of {shape.text_layers} layers and {parameters / 1e6:.1f} M random weights"
     )
     fill_weights(model, shape.seed, word_token_ids())
+    normalise_visual_tokens(
+        [model.model.multi_modal_projector.linear_2],
+        lambda: model.get_image_features(pixel_values=clouds(shape.image_size, shape.seed)),
+    )
     weights = model.to(getattr(torch, shape.dtype)).state_dict()
     save_file(
         {_published_name(name): weight for name, weight in weights.items()},

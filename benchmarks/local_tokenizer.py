@@ -72,22 +72,24 @@ def trained_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def word_token_ids() -> list[int]:
-    """Tokens that are a whole word with the space before it, or a mark; answers made of them can be read."""
+def word_token_ids(vocabulary: dict[str, int] | None = None) -> list[int]:
+    """Tokens that are a whole word with the space before it, or a mark; answers made of them can be read.
+
+    vocabulary: of a byte-level BPE; the LLaVA tokenizer's unless given.
+    """
+    vocabulary = vocabulary or trained_tokenizer().get_vocab()
     words = {"Ġ" + word for word in re.findall("[A-Za-z]+", TEXT)}
     marks = {".", ","}
-    return sorted(
-        i for token, i in trained_tokenizer().get_vocab().items() if token in words | marks
-    )
+    return sorted(i for token, i in vocabulary.items() if token in words | marks)
 
 
 def image_token_id() -> int:
     return trained_tokenizer().token_to_id(IMAGE_TOKEN)
 
 
-def make_processor(image_size: int, patch_size: int) -> LlavaProcessor:
-    """The processor of a LLaVA-1.5 with a CLIP tower of that grid; the class token is counted and dropped."""
-    tokenizer = PreTrainedTokenizerFast(
+def llava_tokenizer() -> PreTrainedTokenizerFast:
+    """The trained tokenizer as transformers has it."""
+    return PreTrainedTokenizerFast(
         tokenizer_object=trained_tokenizer(),
         bos_token="<s>",
         eos_token="</s>",
@@ -97,13 +99,17 @@ def make_processor(image_size: int, patch_size: int) -> LlavaProcessor:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def make_processor(image_size: int, patch_size: int) -> LlavaProcessor:
+    """The processor of a LLaVA-1.5 with a CLIP tower of that grid; the class token is counted and dropped."""
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": image_size},
         crop_size={"height": image_size, "width": image_size},
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=tokenizer,
+        tokenizer=llava_tokenizer(),
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor
 
+from tests.engine.family_requests import FamilyAsk, processor
 from tests.engine.requests import Answer, Ask
 from tests.oracle import OracleResult, RoutedOracle
 from vllm_reroute.config import RoutingSchedule
@@ -24,7 +24,7 @@ class OracleAnswers:
         self._results: dict[Any, OracleResult] = {}
 
     def result(
-        self, model: str, schedule: RoutingSchedule, ask: Ask, prompt: list[int]
+        self, model: str, schedule: RoutingSchedule, ask: Ask | FamilyAsk, prompt: list[int]
     ) -> OracleResult:
         """prompt: the token ids the engine saw, placeholders expanded."""
         key = (model, schedule.action, schedule.layers, schedule.keep)
@@ -35,19 +35,15 @@ class OracleAnswers:
                 layers=schedule.layers,
                 keep=schedule.keep,
             )
-        request = (key, ask.text, ask.images, ask.max_tokens, tuple(prompt))
+        request = (key, ask.key)
         if request not in self._results:
-            pixels = None
-            if ask.images:
-                processor = AutoProcessor.from_pretrained(self._models[model])
-                pixels = processor.image_processor(ask.pictures(), return_tensors="pt")[
-                    "pixel_values"
-                ]
-            self._results[request] = self._oracles[key].run(prompt, pixels, ask.max_tokens)
+            inputs = ask.inputs(processor(self._models[model]))
+            assert inputs["input_ids"][0].tolist() == prompt
+            self._results[request] = self._oracles[key].run(inputs, ask.max_tokens)
         return self._results[request]
 
     def check(
-        self, model: str, schedule: RoutingSchedule, ask: Ask, answer: Answer
+        self, model: str, schedule: RoutingSchedule, ask: Ask | FamilyAsk, answer: Answer
     ) -> OracleResult:
         """Tokens, log-probabilities, decisions and the oracle's own K/V lengths."""
         result = self.result(model, schedule, ask, answer.prompt_token_ids)
@@ -56,16 +52,16 @@ class OracleAnswers:
             for token, logprob in logprobs.items():
                 expected = result.logprobs[step, token].item()
                 assert abs(logprob - expected) < LOGPROB_TOLERANCE, (step, token, logprob, expected)
-        if ask.images:
+        if ask.visual:
             assert answer.selected == result.selected
         self._check_oracle_lengths(schedule, ask, answer, result)
         return result
 
     def _check_oracle_lengths(
-        self, schedule: RoutingSchedule, ask: Ask, answer: Answer, result: OracleResult
+        self, schedule: RoutingSchedule, ask: Ask | FamilyAsk, answer: Answer, result: OracleResult
     ) -> None:
         """The oracle routed at all: text + k entries in every layer."""
-        visual = len(torch.as_tensor(result.scores[0])) if ask.images else 0
+        visual = len(torch.as_tensor(result.scores[0])) if ask.visual else 0
         text = len(answer.prompt_token_ids) - visual + len(answer.token_ids) - 1
         kept = schedule.kept_per_stage(visual)
         expected = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,11 +34,31 @@ class Ask:
     def pictures(self) -> list[Any]:
         return [_cropped(i) for i in self.images]
 
-    def sampling_params(self) -> Any:
-        from vllm import SamplingParams
+    def inputs(self, processor: Any) -> Mapping[str, Any]:
+        """As transformers' own processor prepares it, for the oracle."""
+        images = {"images": self.pictures()} if self.images else {}
+        return processor(text=[self.text], return_tensors="pt", **images)
 
-        given = {"temperature": 0, "max_tokens": self.max_tokens, "ignore_eos": True, "logprobs": 5}
-        return SamplingParams(**{**given, **self.options})
+    def sampling_params(self) -> Any:
+        return greedy(self.max_tokens, self.options)
+
+    @property
+    def key(self) -> Any:
+        """What tells it apart from other requests to the same model."""
+        return (self.text, self.images, self.max_tokens)
+
+    @property
+    def visual(self) -> bool:
+        """Whether anything of it is routed."""
+        return bool(self.images)
+
+
+def greedy(max_tokens: int, options: Mapping[str, Any]) -> Any:
+    """Sampling parameters that make answers comparable, changed by `options`."""
+    from vllm import SamplingParams
+
+    given = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "logprobs": 5}
+    return SamplingParams(**{**given, **options})
 
 
 def _cropped(index: int) -> Any:

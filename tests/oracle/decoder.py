@@ -5,7 +5,15 @@ import sys
 import torch
 from torch import Tensor, nn
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+BACKBONES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen3_vl_text",
+)
 
 
 class LayerKV:
@@ -28,15 +36,15 @@ class Decoder:
     """Runs single layers of a transformers text model on any subset of a request's tokens.
 
     Hidden states are [tokens, hidden] in ascending order of position, without a batch dimension;
-    positions are [tokens] and may have gaps.
+    positions are [tokens], or [3, tokens] for M-RoPE, and may have gaps.
     """
 
     def __init__(self, text_model: nn.Module) -> None:
         config = text_model.config
-        if config.model_type not in FAMILIES:
+        if config.model_type not in BACKBONES:
             raise ValueError(
                 f"text backbone {config.model_type!r} is not covered by the oracle. "
-                f"Choose one of: {', '.join(FAMILIES)}."
+                f"Choose one of: {', '.join(BACKBONES)}."
             )
         _refuse_sliding_window(text_model)
         # Rope and head repetition as this model family defines them.
@@ -63,7 +71,7 @@ class Decoder:
         if hasattr(attention, "q_norm"):
             query, key = attention.q_norm(query), attention.k_norm(key)
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-        cos, sin = self._rotary(hidden, positions[None])
+        cos, sin = self._rotary(hidden, positions[..., None, :])
         query, key = self._apply_rope(query, key, cos, sin)
         return query[0], key[0], value[0]
 

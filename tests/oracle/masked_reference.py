@@ -5,31 +5,32 @@ from the others by the attention mask and gets its layer's input back as output.
 off transformers' eager attention map.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from torch import Tensor, nn
 
 
 @torch.inference_mode()
 def masked_forward(
-    model: LlavaForConditionalGeneration,
-    prompt: list[int],
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
     generated: list[int],
-    pixel_values: Tensor,
     *,
     action: str,
     layers: Sequence[int],
     keep: Sequence[float],
 ) -> tuple[Tensor, list[list[int]]]:
-    """One forward over prompt and generated tokens but the last.
+    """One forward over prompt and generated tokens but the last; the model counts positions itself.
 
     Returns the log-probabilities that predict `generated`, [generated, vocab], and per decision
     layer the kept visual tokens, ascending.
     """
-    tokens = torch.tensor([prompt + generated[:-1]])
-    visual = (tokens[0, : len(prompt)] == model.config.image_token_id).nonzero().flatten()
+    inputs = followed_by(inputs, generated[:-1])
+    tokens = inputs["input_ids"]
+    num_prompt = tokens.shape[1] - len(generated) + 1
+    placeholders = [model.config.image_token_id, getattr(model.config, "video_token_id", -1)]
+    visual = torch.isin(tokens[0, :num_prompt], torch.tensor(placeholders)).nonzero().flatten()
     ratios = dict(zip(layers, keep, strict=True))
     alive = torch.ones(len(visual), dtype=torch.bool)
     selected: list[list[int]] = []
@@ -49,7 +50,7 @@ def masked_forward(
             position_embeddings=rope,
             attention_mask=mask_showing(candidates),
         )[1]
-        scores = attention_map[0, :, len(prompt) - 1, visual].mean(dim=0)
+        scores = attention_map[0, :, num_prompt - 1, visual].mean(dim=0)
         scores[~candidates] = -1.0
         wanted = max(1, int(len(visual) * ratios[index]))
         alive.zero_()
@@ -71,8 +72,19 @@ def masked_forward(
         handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(block.register_forward_hook(after, with_kwargs=True))
     try:
-        logits = model(input_ids=tokens, pixel_values=pixel_values, use_cache=False).logits[0]
+        logits = model(**inputs, use_cache=False).logits[0]
     finally:
         for handle in handles:
             handle.remove()
-    return logits[len(prompt) - 1 :].float().log_softmax(dim=-1), selected
+    return logits[num_prompt - 1 :].float().log_softmax(dim=-1), selected
+
+
+def followed_by(inputs: Mapping[str, Tensor], generated: list[int]) -> dict[str, Tensor]:
+    """A request's inputs with generated text behind the prompt."""
+    added = torch.tensor([generated], dtype=torch.long)
+    longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"], added], dim=1)}
+    longer.pop("attention_mask", None)
+    if "mm_token_type_ids" in inputs:
+        text = torch.zeros_like(added)
+        longer["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], text], dim=1)
+    return longer

@@ -20,7 +20,7 @@ from .tiny import (
     TWO_IMAGES,
     VISUAL,
     build,
-    images,
+    request,
 )
 
 NEW = 5
@@ -60,11 +60,10 @@ def plain(checkpoint, family="llama"):
     ],
 )
 def test_dense_equals_generate(checkpoint, family, prompt, num_images):
-    pixels = images(num_images) if num_images else None
-    result = oracle(checkpoint, family=family).run(prompt, pixels, NEW)
+    inputs = request(prompt, num_images)
+    result = oracle(checkpoint, family=family).run(inputs, NEW)
     expect = plain(checkpoint, family).generate(
-        input_ids=torch.tensor([prompt]),
-        **({} if pixels is None else {"pixel_values": pixels}),
+        **inputs,
         max_new_tokens=NEW,
         do_sample=False,
         return_dict_in_generate=True,
@@ -80,9 +79,9 @@ def test_dense_equals_generate(checkpoint, family, prompt, num_images):
 @pytest.mark.parametrize("action", ["remove", "reroute"])
 def test_routed_equals_masked_transformers(checkpoint, family, action):
     schedule = {"action": action, **RISING}
-    result = oracle(checkpoint, family=family, **schedule).run(TWO_IMAGES, images(2), NEW)
+    result = oracle(checkpoint, family=family, **schedule).run(request(TWO_IMAGES, 2), NEW)
     logprobs, selected = masked_forward(
-        plain(checkpoint, family), TWO_IMAGES, result.token_ids, images(2), **schedule
+        plain(checkpoint, family), request(TWO_IMAGES, 2), result.token_ids, **schedule
     )
     assert result.selected == selected
     assert result.token_ids == logprobs.argmax(dim=-1).tolist()
@@ -102,7 +101,7 @@ def test_routed_equals_masked_transformers(checkpoint, family, action):
     ],
 )
 def test_kv_holds_text_and_kept_tokens(checkpoint, action, layers, keep, visual_lens):
-    result = oracle(checkpoint, action, layers, keep).run(PROMPT, images(1), NEW)
+    result = oracle(checkpoint, action, layers, keep).run(request(PROMPT, 1), NEW)
     assert result.kv_lens == [NUM_TEXT + visual + NEW - 1 for visual in visual_lens]
     assert [len(kept) for kept in result.selected] == [visual_lens[layer] for layer in layers]
 
@@ -125,8 +124,8 @@ def test_num_kept(num_visual, keep, left, expect):
 
 @pytest.mark.parametrize("action", ["remove", "reroute"])
 def test_keeping_all_equals_dense(checkpoint, action):
-    dense = oracle(checkpoint).run(PROMPT, images(1), NEW)
-    full = oracle(checkpoint, action, (1, 3, 4), (1.0, 1.0, 1.0)).run(PROMPT, images(1), NEW)
+    dense = oracle(checkpoint).run(request(PROMPT, 1), NEW)
+    full = oracle(checkpoint, action, (1, 3, 4), (1.0, 1.0, 1.0)).run(request(PROMPT, 1), NEW)
     assert full.selected == [list(range(VISUAL))] * 3
     assert full.token_ids == dense.token_ids
     assert full.kv_lens == dense.kv_lens
@@ -135,7 +134,7 @@ def test_keeping_all_equals_dense(checkpoint, action):
 
 @pytest.mark.parametrize("action", ["remove", "reroute"])
 def test_kept_are_the_highest_scores(checkpoint, action):
-    result = oracle(checkpoint, action, **RISING).run(PROMPT, images(1), NEW)
+    result = oracle(checkpoint, action, **RISING).run(request(PROMPT, 1), NEW)
     candidates = list(range(VISUAL))
     for kept, scores in zip(result.selected, result.scores, strict=True):
         assert scores.dtype == torch.float32
@@ -157,13 +156,13 @@ def test_highest_prefers_the_lower_position_among_equals():
 def test_a_blind_query_keeps_the_first_tokens(checkpoint):
     tied = oracle(checkpoint, "reroute", (2,), (0.4,))
     torch.nn.init.zeros_(tied.model.model.language_model.layers[2].self_attn.q_proj.weight)
-    result = tied.run(PROMPT, images(1), 1)
+    result = tied.run(request(PROMPT, 1), 1)
     close(result.scores[0], torch.full((VISUAL,), 1 / len(PROMPT)))
     assert result.selected == [list(range(10))]
 
 
 def test_removed_tokens_stay_away(checkpoint):
-    result = oracle(checkpoint, "remove", **RISING).run(PROMPT, images(1), NEW)
+    result = oracle(checkpoint, "remove", **RISING).run(request(PROMPT, 1), NEW)
     first, second, third = result.selected
     assert [len(scores) for scores in result.scores] == [VISUAL, 7, 7]
     assert first == second  # the ratio rises, but only these are left
@@ -171,7 +170,7 @@ def test_removed_tokens_stay_away(checkpoint):
 
 
 def test_deferred_tokens_can_return(checkpoint):
-    result = oracle(checkpoint, "reroute", **RISING).run(PROMPT, images(1), NEW)
+    result = oracle(checkpoint, "reroute", **RISING).run(request(PROMPT, 1), NEW)
     first, second, third = (set(kept) for kept in result.selected)
     assert [len(scores) for scores in result.scores] == [VISUAL] * 3
     assert second - first
@@ -190,7 +189,7 @@ def test_deferred_hidden_states_wait_unchanged(checkpoint):
         return project(layer, hidden, positions)
 
     routed._decoder.project = spy
-    result = routed.run(PROMPT, images(1), 1)
+    result = routed.run(request(PROMPT, 1), 1)
     first_visual = PROMPT.index(IMAGE)
     for token in range(VISUAL):
         before, after = (inputs[layer][first_visual + token] for layer in (1, 3))
@@ -199,8 +198,8 @@ def test_deferred_hidden_states_wait_unchanged(checkpoint):
 
 def test_actions_agree_on_a_single_decision(checkpoint):
     schedule = {"layers": (2,), "keep": (0.3,)}
-    removed = oracle(checkpoint, "remove", **schedule).run(PROMPT, images(1), NEW)
-    rerouted = oracle(checkpoint, "reroute", **schedule).run(PROMPT, images(1), NEW)
+    removed = oracle(checkpoint, "remove", **schedule).run(request(PROMPT, 1), NEW)
+    rerouted = oracle(checkpoint, "reroute", **schedule).run(request(PROMPT, 1), NEW)
     assert removed.selected == rerouted.selected
     assert removed.kv_lens == rerouted.kv_lens
     assert removed.token_ids == rerouted.token_ids
@@ -208,14 +207,14 @@ def test_actions_agree_on_a_single_decision(checkpoint):
 
 
 def test_actions_differ_on_several_decisions(checkpoint):
-    removed = oracle(checkpoint, "remove", **RISING).run(PROMPT, images(1), NEW)
-    rerouted = oracle(checkpoint, "reroute", **RISING).run(PROMPT, images(1), NEW)
+    removed = oracle(checkpoint, "remove", **RISING).run(request(PROMPT, 1), NEW)
+    rerouted = oracle(checkpoint, "reroute", **RISING).run(request(PROMPT, 1), NEW)
     assert removed.selected != rerouted.selected
     assert (removed.logprobs[0] - rerouted.logprobs[0]).abs().max() > 1e-2
 
 
 def test_images_are_ranked_jointly(checkpoint):
-    result = oracle(checkpoint, "reroute", (2, 4), (0.3, 0.1)).run(TWO_IMAGES, images(2), NEW)
+    result = oracle(checkpoint, "reroute", (2, 4), (0.3, 0.1)).run(request(TWO_IMAGES, 2), NEW)
     assert [len(scores) for scores in result.scores] == [2 * VISUAL] * 2
     assert [len(kept) for kept in result.selected] == [15, 5]
     for kept, scores in zip(result.selected, result.scores, strict=True):
@@ -229,10 +228,10 @@ def test_images_are_ranked_jointly(checkpoint):
 @pytest.mark.parametrize("family", TEXT_CONFIGS)
 def test_score_is_the_row_of_the_attention_map(checkpoint, family):
     layer = 3
-    result = oracle(checkpoint, "remove", (layer,), (0.3,), family).run(PROMPT, images(1), 1)
+    result = oracle(checkpoint, "remove", (layer,), (0.3,), family).run(request(PROMPT, 1), 1)
     with torch.inference_mode():
         attentions = plain(checkpoint, family)(
-            input_ids=torch.tensor([PROMPT]), pixel_values=images(1), output_attentions=True
+            **request(PROMPT, 1), output_attentions=True
         ).attentions
     is_visual = torch.tensor(PROMPT) == IMAGE
     expect = attentions[layer][0, :, -1, is_visual].mean(dim=0)
@@ -241,8 +240,8 @@ def test_score_is_the_row_of_the_attention_map(checkpoint, family):
 
 
 def test_text_only_is_dense_under_any_schedule(checkpoint):
-    routed = oracle(checkpoint, "reroute", **RISING).run(TEXT_ONLY, None, NEW)
-    dense = oracle(checkpoint).run(TEXT_ONLY, None, NEW)
+    routed = oracle(checkpoint, "reroute", **RISING).run(request(TEXT_ONLY), NEW)
+    dense = oracle(checkpoint).run(request(TEXT_ONLY), NEW)
     assert routed.selected == [[], [], []]
     assert [len(scores) for scores in routed.scores] == [0, 0, 0]
     assert routed.token_ids == dense.token_ids
@@ -251,35 +250,35 @@ def test_text_only_is_dense_under_any_schedule(checkpoint):
 
 def test_forced_tokens_are_fed(checkpoint):
     routed = oracle(checkpoint, "reroute", **RISING)
-    free = routed.run(PROMPT, images(1), NEW)
-    same = routed.run(PROMPT, images(1), NEW, forced_token_ids=free.token_ids)
+    free = routed.run(request(PROMPT, 1), NEW)
+    same = routed.run(request(PROMPT, 1), NEW, forced_token_ids=free.token_ids)
     close(same.logprobs, free.logprobs)
     other = [(token + 1) % IMAGE for token in free.token_ids]
-    forced = routed.run(PROMPT, images(1), NEW, forced_token_ids=other)
+    forced = routed.run(request(PROMPT, 1), NEW, forced_token_ids=other)
     assert forced.token_ids == other
     assert forced.selected == free.selected
     close(forced.logprobs[0], free.logprobs[0])
     expect, _ = masked_forward(
-        plain(checkpoint), PROMPT, other, images(1), action="reroute", **RISING
+        plain(checkpoint), request(PROMPT, 1), other, action="reroute", **RISING
     )
     close(forced.logprobs, expect)
 
 
 def test_stops_at_eos_only_when_asked(checkpoint):
     routed = oracle(checkpoint, "reroute", **RISING)
-    free = routed.run(PROMPT, images(1), NEW)
+    free = routed.run(request(PROMPT, 1), NEW)
     eos = free.token_ids[2]
     routed.model.generation_config.eos_token_id = [eos]
-    assert routed.run(PROMPT, images(1), NEW).token_ids == free.token_ids
-    stopped = routed.run(PROMPT, images(1), NEW, stop_at_eos=True)
+    assert routed.run(request(PROMPT, 1), NEW).token_ids == free.token_ids
+    stopped = routed.run(request(PROMPT, 1), NEW, stop_at_eos=True)
     assert stopped.token_ids == free.token_ids[: free.token_ids.index(eos) + 1]
     assert len(stopped.logprobs) == len(stopped.token_ids)
 
 
 def test_bf16_follows_fp32(checkpoint):
-    exact = oracle(checkpoint, "reroute", **RISING).run(PROMPT, images(1), NEW)
+    exact = oracle(checkpoint, "reroute", **RISING).run(request(PROMPT, 1), NEW)
     rounded = oracle(checkpoint, "reroute", **RISING, dtype=torch.bfloat16).run(
-        PROMPT, images(1), NEW, forced_token_ids=exact.token_ids
+        request(PROMPT, 1), NEW, forced_token_ids=exact.token_ids
     )
     assert rounded.logprobs.dtype == rounded.scores[0].dtype == torch.float32
     assert not torch.equal(rounded.scores[0], exact.scores[0])
@@ -306,9 +305,9 @@ def test_a_wrong_schedule_is_refused(checkpoint, schedule, message):
 @pytest.mark.parametrize(
     "prompt,num_images,options,message",
     [
-        (PROMPT, 2, {}, "25 image tokens"),
-        (PROMPT, 0, {}, "gives 0 features"),
-        (TEXT_ONLY, 1, {}, "0 image tokens"),
+        (PROMPT, 2, {}, "25 placeholders"),
+        (PROMPT, 0, {}, "give 0 features"),
+        (TEXT_ONLY, 1, {}, "0 placeholders"),
         (PROMPT[:-4], 1, {}, "end in a text token"),
         ([], 0, {}, "end in a text token"),
         (PROMPT, 1, {"max_new_tokens": 0}, "at least 1"),
@@ -316,9 +315,8 @@ def test_a_wrong_schedule_is_refused(checkpoint, schedule, message):
     ],
 )
 def test_a_wrong_request_is_refused(checkpoint, prompt, num_images, options, message):
-    pixels = images(num_images) if num_images else None
     with pytest.raises(ValueError, match=message):
-        oracle(checkpoint).run(prompt, pixels, **{"max_new_tokens": 2, **options})
+        oracle(checkpoint).run(request(prompt, num_images), **{"max_new_tokens": 2, **options})
 
 
 @pytest.mark.parametrize(

@@ -81,3 +81,11 @@ def images(count: int, seed: int = 0) -> Tensor:
     """[count, 3, IMAGE_SIZE, IMAGE_SIZE], seeded noise."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+
+
+def request(prompt: list[int], num_images: int = 0) -> dict[str, Tensor]:
+    """What a processor would make of that prompt and as many noise images."""
+    inputs = {"input_ids": torch.tensor([prompt], dtype=torch.long)}
+    if num_images:
+        inputs["pixel_values"] = images(num_images)
+    return inputs

@@ -1,9 +1,9 @@
-"""FastV/PDrop removal and Reroute on a plain transformers LLaVA, one request at a time.
+"""FastV/PDrop removal and Reroute on plain transformers models, one request at a time.
 
 Written for reading and for comparing against, not for speed: loops, fp32, explicit K/V per layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike
@@ -11,9 +11,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from .decoder import Decoder, LayerKV
+from .families import family_of
+from .families.prompt import Prompt
 from .selection import highest, last_prompt_row, num_kept
 
 
@@ -35,7 +37,7 @@ class RoutedOracle:
     """Runs requests under one schedule; empty `layers` runs them dense.
 
     `keep` are shares of a request's original visual tokens, one per decision layer. The visual
-    tokens of all images of a request are ranked jointly.
+    tokens of all images and videos of a request are ranked jointly.
     """
 
     def __init__(
@@ -47,33 +49,36 @@ class RoutedOracle:
         keep: Sequence[float],
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.model = LlavaForConditionalGeneration.from_pretrained(
+        self.model = AutoModelForImageTextToText.from_pretrained(
             model_dir, attn_implementation="eager", dtype=dtype
         ).eval()
+        self._family = family_of(self.model.config)
         self._text = self.model.model.language_model
         self._decoder = Decoder(self._text)
         self.depth = len(self._decoder.layers)
         _check_schedule(action, layers, keep, self.depth)
+        _check_deepstack(layers, self._family.num_deepstack_levels(self.model.config))
         self.action = action
         self.keep_at = dict(zip(layers, keep, strict=True))
 
     @torch.inference_mode()
     def run(
         self,
-        input_ids: list[int],
-        pixel_values: Tensor | None,
+        inputs: Mapping[str, Tensor],
         max_new_tokens: int,
         forced_token_ids: list[int] | None = None,
         stop_at_eos: bool = False,
     ) -> OracleResult:
         """Generates greedily, or feeds `forced_token_ids` and records what was predicted.
 
-        `input_ids` holds one image token per visual token; pixel_values is
-        [images, 3, height, width], or None for a request without images.
+        `inputs` is what the model's processor makes of one request: input_ids [1, prompt] with one
+        placeholder per visual token, and the pixels, grids and sizes its family needs.
         """
-        _check_request(input_ids, max_new_tokens, forced_token_ids, self._image_token)
+        _check_request(inputs["input_ids"], max_new_tokens, forced_token_ids)
+        prompt = self._family.prepare(self.model, inputs)
+        _check_last_token(prompt)
         kv = [LayerKV() for _ in range(self.depth)]
-        last_hidden, selected, scores = self._prefill(input_ids, pixel_values, kv)
+        last_hidden, selected, scores = self._prefill(prompt, kv)
         token_ids: list[int] = []
         logprobs: list[Tensor] = []
         while True:
@@ -84,7 +89,9 @@ class RoutedOracle:
             stopped = stop_at_eos and token_ids[-1] in self._eos_token_ids
             if stopped or len(token_ids) == max_new_tokens:
                 break
-            last_hidden = self._decode(token_ids[-1], len(input_ids) + step, kv)
+            components = prompt.positions.shape[:-1]
+            positions = torch.full((*components, 1), prompt.next_position + step)
+            last_hidden = self._decode(token_ids[-1], positions, kv)
         return OracleResult(
             token_ids=token_ids,
             logprobs=torch.stack(logprobs),
@@ -94,79 +101,62 @@ class RoutedOracle:
         )
 
     def _prefill(
-        self, input_ids: list[int], pixel_values: Tensor | None, kv: list[LayerKV]
+        self, prompt: Prompt, kv: list[LayerKV]
     ) -> tuple[Tensor, list[list[int]], list[Tensor]]:
         """Runs the prompt, filling `kv`; returns the last prompt token's hidden state.
 
         `hidden` always holds the whole prompt. A layer reads and writes the rows of its tokens
         only, so a deferred token's row waits unchanged until a later decision picks it.
         """
-        hidden = self._embed_prompt(input_ids, pixel_values)
-        visual = [p for p, token in enumerate(input_ids) if token == self._image_token]
-        text = [p for p, token in enumerate(input_ids) if token != self._image_token]
+        hidden = prompt.embeddings
+        visual = prompt.visual.nonzero().flatten().tolist()
+        text = (~prompt.visual).nonzero().flatten().tolist()
         kept = candidates = visual
         selected: list[list[int]] = []
         scores: list[Tensor] = []
         for layer in range(self.depth):
             if layer in self.keep_at:
                 candidates = kept if self.action == "remove" else visual
-                layer_scores = self._score(layer, hidden, text, candidates)
+                layer_scores = self._score(layer, hidden, prompt.positions, text, candidates)
                 count = num_kept(len(visual), self.keep_at[layer], len(candidates))
                 kept = highest(layer_scores, candidates, count)
-                selected.append([visual.index(p) for p in kept])
+                selected.append([visual.index(row) for row in kept])
                 scores.append(layer_scores)
             rows = torch.tensor(sorted(text + kept))
-            hidden[rows] = self._decoder.run_layer(layer, hidden[rows], rows, kv[layer])
+            positions = prompt.positions[..., rows]
+            hidden[rows] = self._decoder.run_layer(layer, hidden[rows], positions, kv[layer])
+            if layer < len(prompt.deepstack):
+                hidden += prompt.deepstack[layer]
         return hidden[-1], selected, scores
 
-    def _score(self, layer: int, hidden: Tensor, text: list[int], candidates: list[int]) -> Tensor:
+    def _score(
+        self, layer: int, hidden: Tensor, positions: Tensor, text: list[int], candidates: list[int]
+    ) -> Tensor:
         """The last prompt token's attention to each candidate, at the input of `layer`.
 
-        hidden: [prompt, hidden]. The softmax runs over text and candidates. Returns
-        [candidates], fp32.
+        hidden: [prompt, hidden]; positions: [prompt] or [3, prompt]. The softmax runs over text
+        and candidates. Returns [candidates], fp32.
         """
         present = sorted(text + candidates)
         rows = torch.tensor(present)
-        query, key, _ = self._decoder.project(layer, hidden[rows], rows)
+        query, key, _ = self._decoder.project(layer, hidden[rows], positions[..., rows])
         row = last_prompt_row(query[:, -1], self._decoder.repeat_heads(layer, key))
         return row[[present.index(p) for p in candidates]]
 
-    def _decode(self, token_id: int, position: int, kv: list[LayerKV]) -> Tensor:
-        """Feeds one generated token through all layers; returns its hidden state, [hidden]."""
+    def _decode(self, token_id: int, positions: Tensor, kv: list[LayerKV]) -> Tensor:
+        """Feeds one generated token through all layers; returns its hidden state, [hidden].
+
+        positions: [1] or [3, 1].
+        """
         hidden = self._text.embed_tokens(torch.tensor([token_id]))
-        positions = torch.tensor([position])
         for layer in range(self.depth):
             hidden = self._decoder.run_layer(layer, hidden, positions, kv[layer])
         return hidden[0]
-
-    def _embed_prompt(self, input_ids: list[int], pixel_values: Tensor | None) -> Tensor:
-        """Token embeddings with image features at the image tokens' places, [prompt, hidden]."""
-        ids = torch.tensor(input_ids)
-        is_image = ids == self._image_token
-        # The image token may lie outside the vocabulary; its embedding is replaced anyway.
-        embeddings = self._text.embed_tokens(ids.masked_fill(is_image, 0))
-        num_features = 0
-        if pixel_values is not None:
-            outputs = self.model.get_image_features(pixel_values.to(self.model.dtype))
-            features = torch.cat(list(outputs.pooler_output))
-            num_features = len(features)
-        if num_features != int(is_image.sum()):
-            raise ValueError(
-                f"input_ids has {int(is_image.sum())} image tokens, but pixel_values gives "
-                f"{num_features} features. Expand every image to one image token per feature."
-            )
-        if num_features:
-            embeddings[is_image] = features
-        return embeddings
 
     def _logprobs(self, hidden: Tensor) -> Tensor:
         """hidden: [hidden], as it leaves the last layer. Returns [vocab], fp32."""
         logits = self.model.lm_head(self._text.norm(hidden))
         return logits.float().log_softmax(dim=-1)
-
-    @property
-    def _image_token(self) -> int:
-        return self.model.config.image_token_id
 
     @property
     def _eos_token_ids(self) -> set[int]:
@@ -190,21 +180,31 @@ def _check_schedule(action: str, layers: Sequence[int], keep: Sequence[float], d
         raise ValueError(f"keep {list(keep)} must lie in (0, 1].")
 
 
-def _check_request(
-    input_ids: list[int],
-    max_new_tokens: int,
-    forced_token_ids: list[int] | None,
-    image_token: int,
-) -> None:
-    if not input_ids or input_ids[-1] == image_token:
+def _check_deepstack(layers: Sequence[int], num_levels: int) -> None:
+    if any(layer < num_levels for layer in layers):
         raise ValueError(
-            "input_ids must end in a text token: it is the one that scores the visual tokens "
-            "and predicts the first new token. Append the text that follows the image."
+            f"layers {list(layers)} must not be below {num_levels}: features of the vision tower are added "
+            f"to all visual tokens after each of the first {num_levels} decoder layers."
         )
+
+
+def _check_request(
+    input_ids: Tensor, max_new_tokens: int, forced_token_ids: list[int] | None
+) -> None:
+    if input_ids.dim() != 2 or len(input_ids) != 1:
+        raise ValueError(f"input_ids {list(input_ids.shape)} must be one request, [1, tokens].")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1.")
     if forced_token_ids is not None and len(forced_token_ids) < max_new_tokens:
         raise ValueError(
             f"forced_token_ids has {len(forced_token_ids)} tokens, max_new_tokens asks for "
             f"{max_new_tokens}. Give as many tokens as steps."
+        )
+
+
+def _check_last_token(prompt: Prompt) -> None:
+    if not len(prompt.visual) or prompt.visual[-1]:
+        raise ValueError(
+            "input_ids must end in a text token: it is the one that scores the visual tokens "
+            "and predicts the first new token. Append the text that follows the image."
         )

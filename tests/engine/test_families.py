@@ -1,0 +1,83 @@
+"""Every family answers exactly as the plain-transformers oracle: images, several images, videos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.local_models import build_family
+from tests.engine.conftest import engine_args
+from tests.engine.family_requests import FamilyAsk
+from tests.engine.host import EngineHost
+from tests.engine.oracle_answers import OracleAnswers
+from tests.engine.probes import generate
+from vllm_reroute.config import RerouteOptions
+
+DEPTH = 8
+WITH_VIDEO = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision")
+FAMILIES = (*WITH_VIDEO, "llava-next")
+# Ratios fall and rise again. Qwen3-VL's deepstack is in at layer 2, where the published one starts.
+REROUTE = {"layers": [3, 4, 6], "keep": [0.5, 0.2, 0.35]}
+REMOVE = {"schedule": "pdrop", "action": "remove", "tier": 128}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {family: build_family(root / family, family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def oracles(folders: dict[str, Path]) -> OracleAnswers:
+    return OracleAnswers(folders)
+
+
+def requests(family: str, folder: Path) -> list[FamilyAsk]:
+    """One image, two images with text between, text alone, and videos where there are any."""
+    messages = [
+        (("image", 0), ("text", "What is shown in this image?")),
+        (("text", "first"), ("image", 1), ("text", "and"), ("image", 2), ("text", "differ how?")),
+        (("text", "Count the birds over the field and name the season."),),
+    ]
+    if family in WITH_VIDEO:
+        messages += [
+            (("video", 0), ("text", "What happens here?")),
+            (("image", 1), ("text", "then"), ("video", 1), ("text", "what is new in it?")),
+        ]
+    return [FamilyAsk(folder, tuple(parts), max_tokens=12) for parts in messages]
+
+
+def family_engine(folder: Path, reroute: dict[str, Any] | None, **changes: Any) -> dict[str, Any]:
+    limits = {"image": 2, "video": 1} if "next" not in folder.name else {"image": 2}
+    args = {"max_model_len": 1024, "max_num_batched_tokens": 1100, "limit_mm_per_prompt": limits}
+    return engine_args(folder, reroute, **{**args, **changes})
+
+
+def check(
+    host: EngineHost,
+    folders: dict[str, Path],
+    oracles: OracleAnswers,
+    family: str,
+    options: dict[str, Any],
+) -> None:
+    schedule = RerouteOptions.from_mapping(options).resolve(DEPTH)
+    host.engine(**family_engine(folders[family], options))
+    asks = requests(family, folders[family])
+    for ask, answer in zip(asks, host.call(generate, asks), strict=True):
+        oracles.check(family, schedule, ask, answer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rerouted_family_agrees_with_oracle(
+    host: EngineHost, folders: dict[str, Path], oracles: OracleAnswers, family: str
+) -> None:
+    check(host, folders, oracles, family, REROUTE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_removing_family_agrees_with_oracle(
+    v1: EngineHost, folders: dict[str, Path], oracles: OracleAnswers, family: str
+) -> None:
+    check(v1, folders, oracles, family, REMOVE)
