@@ -8,7 +8,7 @@ from typing import Any
 from tests.engine.conftest import engine_args
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
-from tests.engine.probes import free_blocks, generate, recorded_decisions, scheduler_of
+from tests.engine.probes import free_blocks, generate, scheduler_of, stepwise
 from tests.engine.requests import (
     LONG_TEXT,
     MIXED,
@@ -30,33 +30,6 @@ MANY = (
         for i, ask in enumerate(MIXED)
     ),
 )
-
-
-def stepwise(llm: Any, asks: tuple[Ask, ...], every: int) -> dict[str, Any]:
-    """Add a request every few steps; return tokens, decisions and preemptions seen."""
-    engine, pending, finished, steps = llm.llm_engine, list(enumerate(asks)), {}, 0
-    preempted: set[str] = set()
-    with recorded_decisions() as decisions:
-        while pending or engine.has_unfinished_requests():
-            if pending and steps % every == 0:
-                index, ask = pending.pop(0)
-                engine.add_request(
-                    str(index), llm._preprocess_cmpl([ask.prompt()])[0], ask.sampling_params()
-                )
-            for output in engine.step():
-                if output.finished:
-                    finished[output.request_id.split("-")[0]] = output
-            preempted |= {
-                r.request_id for r in scheduler_of(llm).requests.values() if r.num_preemptions
-            }
-            steps += 1
-    return {
-        "tokens": [list(finished[str(i)].outputs[0].token_ids) for i in range(len(asks))],
-        "prompts": [list(finished[str(i)].prompt_token_ids) for i in range(len(asks))],
-        "decisions": decisions,
-        "preempted": len(preempted),
-        "free": free_blocks(llm),
-    }
 
 
 def check_against_oracle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tests.engine.conftest import engine_args
 from tests.engine.family_requests import FamilyAsk
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
-from tests.engine.probes import generate
+from tests.engine.probes import generate, stepwise
 from vllm_reroute.config import RerouteOptions
 
 DEPTH = 8
@@ -81,3 +82,25 @@ def test_removing_family_agrees_with_oracle(
     v1: EngineHost, folders: dict[str, Path], oracles: OracleAnswers, family: str
 ) -> None:
     check(v1, folders, oracles, family, REMOVE)
+
+
+def test_preempted_request_keeps_its_positions(
+    v1: EngineHost, folders: dict[str, Path], oracles: OracleAnswers
+) -> None:
+    """Resumed with M-RoPE: three position components for the prompt, one more for every token
+    generated before, and the decisions of the first time."""
+    family = "qwen2.5-vl"
+    asks = [replace(ask, max_tokens=64) for ask in requests(family, folders[family])]
+    schedule = RerouteOptions.from_mapping(REROUTE).resolve(DEPTH)
+    # K and V of 32 tokens, 2 heads of 32 values, fp32: a block of one layer.
+    block_bytes = 32 * 2 * 2 * 32 * 4
+    room = family_engine(
+        folders[family], REROUTE, kv_cache_memory_bytes=165 * block_bytes, max_model_len=400
+    )
+    seen = v1.engine(**room).call(stepwise, asks, every=1)
+    assert seen["preempted"] >= 1
+    for ask, tokens, prompt in zip(asks, seen["tokens"], seen["prompts"], strict=True):
+        expected = oracles.result(family, schedule, ask, prompt)
+        assert tokens == expected.token_ids
+        if ask.visual:
+            assert seen["decisions"][len(prompt)] == expected.selected
