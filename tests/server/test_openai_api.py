@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-import torch
-from PIL import Image
-from transformers import AutoProcessor
 
 from benchmarks.local_model import TINY, build_local_model
 from benchmarks.local_server import LocalServer
-from benchmarks.photos import PHOTOS
-from tests.oracle import RoutedOracle
+from tests.server.chat import MAX_TOKENS, MODEL_NAME, ask, check_concurrent_answers, messages
 from vllm_reroute.config import RerouteOptions
 
-MAX_TOKENS = 8
 STEP_TOKENS = 600
 VISUAL = 64
 
@@ -44,7 +36,7 @@ def server(model: Path) -> Iterator[LocalServer]:
         "--max-num-batched-tokens": str(STEP_TOKENS),
         "--kv-cache-memory-bytes": str(64 * 2**20),
         "--limit-mm-per-prompt": '{"image": 12}',
-        "--served-model-name": "tiny-llava",
+        "--served-model-name": MODEL_NAME,
     }
     words = [word for pair in flags.items() for word in pair]
     with LocalServer(
@@ -58,51 +50,9 @@ def client(server: LocalServer) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
-def messages(
-    text: str, photos: tuple[int, ...] = (), image: bytes | None = None
-) -> list[dict[str, Any]]:
-    pictures = [PHOTOS[i].jpeg for i in photos] if image is None else [image]
-    parts: list[dict[str, Any]] = [
-        {
-            "type": "image_url",
-            "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(p).decode()}"},
-        }
-        for p in pictures
-    ]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
-def ask(client: openai.OpenAI, text: str, photos: tuple[int, ...] = (), **options: Any) -> Any:
-    return client.chat.completions.create(
-        model="tiny-llava",
-        messages=messages(text, photos),
-        temperature=0,
-        max_tokens=MAX_TOKENS,
-        extra_body={"return_token_ids": True, "ignore_eos": True, **options},
-    )
-
-
 def test_concurrent_answers_equal_the_oracle(client: openai.OpenAI, model: Path) -> None:
     """Images, two images and text at once; every answer is the one the schedule defines."""
-    schedule = RerouteOptions(schedule="pdrop", tier=128).resolve(TINY.text_layers)
-    oracle = RoutedOracle(model, action=schedule.action, layers=schedule.layers, keep=schedule.keep)
-    processor = AutoProcessor.from_pretrained(model)
-    asks: list[tuple[str, tuple[int, ...]]] = [
-        ("What is shown?", (0,)),
-        ("Which animal is this?", (1,)),
-        ("How many birds fly over the field?", ()),
-        ("Which of the two has the cup?", (2, 3)),
-        ("Describe the photo in one sentence.", (3,)),
-    ]
-    with ThreadPoolExecutor(len(asks)) as pool:
-        answers = list(pool.map(lambda one: ask(client, *one), asks))
-    for (_, photos), answer in zip(asks, answers, strict=True):
-        inputs = {"input_ids": torch.tensor([answer.prompt_token_ids])}
-        if photos:
-            images = [Image.open(BytesIO(PHOTOS[i].jpeg)).convert("RGB") for i in photos]
-            inputs |= processor.image_processor(images, return_tensors="pt")
-        expected = oracle.run(inputs, MAX_TOKENS)
-        assert answer.choices[0].token_ids == expected.token_ids
+    check_concurrent_answers(client, model, TINY.text_layers)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +70,7 @@ def test_bad_request_is_refused_and_serving_goes_on(
     options = {k: v for k, v in case.items() if k == "prompt_logprobs"}
     with pytest.raises(openai.BadRequestError, match=cure):
         client.chat.completions.create(
-            model="tiny-llava",
+            model=MODEL_NAME,
             messages=messages(case["text"], case.get("photos", ()), case.get("image")),
             max_tokens=MAX_TOKENS,
             extra_body=options,

@@ -1,0 +1,68 @@
+"""Talking to a routed server as a client does, and what its answers must be."""
+
+from __future__ import annotations
+
+import base64
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import openai
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from benchmarks.photos import PHOTOS
+from tests.oracle import RoutedOracle
+from vllm_reroute.config import RerouteOptions
+
+MODEL_NAME = "tiny"
+MAX_TOKENS = 8
+
+
+def messages(
+    text: str, photos: tuple[int, ...] = (), image: bytes | None = None
+) -> list[dict[str, Any]]:
+    pictures = [PHOTOS[i].jpeg for i in photos] if image is None else [image]
+    parts: list[dict[str, Any]] = [
+        {
+            "type": "image_url",
+            "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(p).decode()}"},
+        }
+        for p in pictures
+    ]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def ask(client: openai.OpenAI, text: str, photos: tuple[int, ...] = (), **options: Any) -> Any:
+    return client.chat.completions.create(
+        model=MODEL_NAME,
+        messages=messages(text, photos),
+        temperature=0,
+        max_tokens=MAX_TOKENS,
+        extra_body={"return_token_ids": True, "ignore_eos": True, **options},
+    )
+
+
+def check_concurrent_answers(client: openai.OpenAI, model: Path, depth: int) -> None:
+    """Images, two images and text at once; every answer is the one `pdrop` at tier 128 defines."""
+    schedule = RerouteOptions(schedule="pdrop", tier=128).resolve(depth)
+    oracle = RoutedOracle(model, action=schedule.action, layers=schedule.layers, keep=schedule.keep)
+    processor = AutoProcessor.from_pretrained(model)
+    asks: list[tuple[str, tuple[int, ...]]] = [
+        ("What is shown?", (0,)),
+        ("Which animal is this?", (1,)),
+        ("How many birds fly over the field?", ()),
+        ("Which of the two has the cup?", (2, 3)),
+        ("Describe the photo in one sentence.", (3,)),
+    ]
+    with ThreadPoolExecutor(len(asks)) as pool:
+        answers = list(pool.map(lambda one: ask(client, *one), asks))
+    for (_, photos), answer in zip(asks, answers, strict=True):
+        inputs = {"input_ids": torch.tensor([answer.prompt_token_ids])}
+        if photos:
+            images = [Image.open(BytesIO(PHOTOS[i].jpeg)).convert("RGB") for i in photos]
+            inputs |= processor.image_processor(images, return_tensors="pt")
+        expected = oracle.run(inputs, MAX_TOKENS)
+        assert answer.choices[0].token_ids == expected.token_ids
