@@ -94,6 +94,35 @@ def stepwise(llm: Any, asks: Sequence[Ask], every: int) -> dict[str, Any]:
     }
 
 
+def kv_lens(llm: Any, asks: Sequence[Ask]) -> list[list[int]]:
+    """K/V entries that every decoder layer attends to in a request's last step, request by request."""
+    from vllm.forward_context import get_forward_context
+
+    from vllm_reroute.routing.decoder import RoutedDecoder
+
+    forward = RoutedDecoder.forward
+    lens: list[int] = []
+
+    def recording_forward(self: Any, *inputs: Any) -> Any:
+        metadata = get_forward_context().attn_metadata
+        attentions = [layer.self_attn.attn for piece in self._pieces for layer in piece.layers]
+        lens[:] = [
+            int(
+                metadata[attention.kv_sharing_target_layer_name or attention.layer_name]
+                .layers[attention.layer_in_group]
+                .seq_lens[0]
+            )
+            for attention in attentions
+        ]
+        return forward(self, *inputs)
+
+    RoutedDecoder.forward = recording_forward
+    try:
+        return [(generate(llm, [ask]), list(lens))[1] for ask in asks]
+    finally:
+        RoutedDecoder.forward = forward
+
+
 def scheduler_of(llm: Any) -> Any:
     """The engine core's scheduler."""
     return llm.llm_engine.engine_core.engine_core.scheduler

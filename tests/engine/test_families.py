@@ -10,10 +10,10 @@ import pytest
 
 from benchmarks.local_models import build_family
 from tests.engine.conftest import engine_args
-from tests.engine.family_requests import FamilyAsk
+from tests.engine.family_requests import FamilyAsk, processor
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
-from tests.engine.probes import generate, stepwise
+from tests.engine.probes import generate, kv_lens, stepwise
 from vllm_reroute.config import RerouteOptions
 
 DEPTH = 8
@@ -81,7 +81,13 @@ def test_rerouted_family_agrees_with_oracle(
 def test_removing_family_agrees_with_oracle(
     v1: EngineHost, folders: dict[str, Path], oracles: OracleAnswers, family: str
 ) -> None:
+    """And every layer holds as much K/V as the oracle's, the decoded tokens included."""
     check(v1, folders, oracles, family, REMOVE)
+    schedule = RerouteOptions.from_mapping(REMOVE).resolve(DEPTH)
+    asks = requests(family, folders[family])
+    for ask, lens in zip(asks, v1.call(kv_lens, asks), strict=True):
+        prompt = ask.inputs(processor(folders[family]))["input_ids"][0].tolist()
+        assert lens == oracles.result(family, schedule, ask, prompt).kv_lens
 
 
 def test_preempted_request_keeps_its_positions(

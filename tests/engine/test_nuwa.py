@@ -1,0 +1,267 @@
+"""Nüwa in the engine: each image's anchors, wherever it comes from and whatever is beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.local_models import build_family
+from tests.engine.conftest import engine_args
+from tests.engine.family_requests import FamilyAsk
+from tests.engine.host import EngineHost
+from tests.engine.probes import (
+    free_blocks,
+    generate,
+    generate_one_by_one,
+    recorded_decisions,
+    scheduler_of,
+)
+from tests.engine.requests import (
+    LONG_TEXT,
+    MIXED,
+    ONE_IMAGE,
+    OTHER_IMAGE,
+    TEXT_ONLY,
+    TWO_IMAGES,
+    Answer,
+)
+from vllm_reroute.config import RerouteOptions, RoutingSchedule
+from vllm_reroute.kv_cache.footprint import RequestFootprint
+
+DEPTH = 8
+KINDS: list[dict[str, Any]] = [
+    {"schedule": "nuwa", "action": "remove", "tier": 192},
+    {"schedule": "nuwa", "variant": "A", "tier": 128},
+    {"schedule": "nuwa", "variant": "B", "tier": 192},
+]
+CHEAP = KINDS[1]
+QWEN, LLAVA = "qwen2.5-vl", "llava-1.5"
+
+
+def label(options: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in options.values())
+
+
+@pytest.fixture(scope="module")
+def folders(models: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("nuwa")
+    return {LLAVA: models["grouped"], QWEN: build_family(root / QWEN, QWEN)}
+
+
+def requests(model: str, folder: Path) -> list[Any]:
+    """One image, text, two images (the second of them also alone), in one batch."""
+    if model == LLAVA:
+        return [ONE_IMAGE, TEXT_ONLY, TWO_IMAGES, LONG_TEXT, OTHER_IMAGE]
+    messages = (
+        (("image", 0), ("text", "What is shown in this image?")),
+        (("text", "Count the birds over the field and name the season."),),
+        (("image", 2), ("text", "and"), ("image", 1), ("text", "differ how?")),
+        (("text", "Say hello to all of the birds."),),
+        (("image", 1), ("text", "Describe it, please.")),
+    )
+    return [FamilyAsk(folder, parts, max_tokens=12) for parts in messages]
+
+
+def schedule_of(options: dict[str, Any]) -> RoutingSchedule:
+    return RerouteOptions.from_mapping(options).resolve(DEPTH)
+
+
+def image_sizes(llm: Any, asks: list[Any]) -> list[list[int]]:
+    """Visual tokens of each image of each request."""
+    inputs = [llm._preprocess_cmpl([ask.prompt()])[0] for ask in asks]
+    placeholders = [request.get("mm_placeholders", {}).get("image", []) for request in inputs]
+    return [[place.get_num_embeds() for place in places] for places in placeholders]
+
+
+def check_decisions(schedule: RoutingSchedule, sizes: list[int], answer: Answer) -> None:
+    """As many as planned, each image its own share at first, and nothing comes back from removal."""
+    if not sizes:
+        assert answer.selected == []
+        return
+    kept = schedule.kept_per_stage(*sizes)
+    assert [len(selected) for selected in answer.selected] == kept
+    start = 0
+    for size in sizes:
+        own = [token for token in answer.selected[0] if start <= token < start + size]
+        assert len(own) == schedule.kept_per_stage(size)[0]
+        start += size
+    first, *later = (set(selected) for selected in answer.selected)
+    if schedule.variant == "B":
+        assert any(not selected <= first for selected in later)
+    else:
+        assert all(selected <= first for selected in later)
+
+
+@pytest.mark.parametrize("model", [LLAVA, QWEN])
+@pytest.mark.parametrize("options", KINDS, ids=label)
+def test_a_mixed_batch_answers_as_each_request_alone(
+    host: EngineHost, folders: dict[str, Path], model: str, options: dict[str, Any]
+) -> None:
+    host.engine(**engine_args(folders[model], options))
+    asks, before = requests(model, folders[model]), host.call(free_blocks)
+    together, alone = host.call(generate, asks), host.call(generate_one_by_one, asks)
+    sizes = host.call(image_sizes, asks)
+    for own_sizes, one, other in zip(sizes, together, alone, strict=True):
+        check_decisions(schedule_of(options), own_sizes, one)
+        assert one.selected == other.selected
+        assert one.token_ids == other.token_ids
+    first_image = sizes[2][0]
+    beside = [token - first_image for token in together[2].selected[0] if token >= first_image]
+    assert beside == together[4].selected[0], "anchors do not depend on the image beside"
+    assert host.call(free_blocks) == before
+
+
+def encoded_images(llm: Any, ask: Any, times: int) -> tuple[list[Any], int]:
+    """The same request several times, one after the other: answers, and images encoded."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    model_class = type(worker.model_runner.get_model())
+    encode, encoded = model_class.embed_multimodal, 0
+
+    def counting(self: Any, **inputs: Any) -> Any:
+        nonlocal encoded
+        rows = encode(self, **inputs)
+        encoded += len(rows)
+        return rows
+
+    model_class.embed_multimodal = counting
+    try:
+        answers = [generate(llm, [ask])[0] for _ in range(times)]
+    finally:
+        model_class.embed_multimodal = encode
+    return answers, encoded
+
+
+@pytest.mark.parametrize("model", [LLAVA, QWEN])
+def test_an_image_of_the_encoder_cache_decides_as_a_fresh_one(
+    host: EngineHost, folders: dict[str, Path], model: str
+) -> None:
+    host.engine(**engine_args(folders[model], CHEAP, mm_processor_cache_gb=1))
+    ask = requests(model, folders[model])[0]
+    answers, encoded = host.call(encoded_images, replace(ask, max_tokens=7), 3)
+    assert encoded <= 1, "later ones come from the cache"
+    for answer in answers[1:]:
+        assert answer.selected == answers[0].selected
+        assert answer.logprobs == answers[0].logprobs
+
+
+def live_blocks(llm: Any, ask: Any, steps: int) -> tuple[int, int]:
+    """Blocks a request holds after some steps, and the tokens it has K/V for."""
+    engine = llm.llm_engine
+    engine.add_request("live", llm._preprocess_cmpl([ask.prompt()])[0], ask.sampling_params())
+    for _ in range(steps):
+        engine.step()
+    (request,) = scheduler_of(llm).requests.values()
+    managers = scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers
+    held = sum(len(manager.req_to_blocks[request.request_id]) for manager in managers)
+    computed = request.num_computed_tokens
+    engine.abort_request([request.request_id], internal=True)
+    engine.step()
+    return held, computed
+
+
+@pytest.mark.parametrize("model", [LLAVA, QWEN])
+def test_no_layer_holds_blocks_for_a_rejected_token(
+    host: EngineHost, folders: dict[str, Path], model: str
+) -> None:
+    """From layer 0 on: text and anchors, then text and the kept ones; an abort frees them all."""
+    host.engine(**engine_args(folders[model], CHEAP))
+    before = host.call(free_blocks)
+    asks = requests(model, folders[model])[:3]
+    for ask, sizes in zip(asks, host.call(image_sizes, asks), strict=True):
+        held, computed = host.call(live_blocks, replace(ask, max_tokens=60), 40)
+        footprint = RequestFootprint(
+            schedule=schedule_of(CHEAP),
+            num_visual=sum(sizes),
+            image_sizes=tuple(sizes) or (0,),
+            num_text=computed - sum(sizes),
+            bytes_per_token=1,
+            block_size=32,
+        )
+        assert held == footprint.routed_blocks
+        assert host.call(free_blocks) == before
+
+
+def traffic(llm: Any, asks: tuple[Any, ...]) -> tuple[dict[str, list[int]], dict[int, Any], int]:
+    """A request every step: tokens by request, decisions by prompt length, and preemptions."""
+    engine, pending, tokens = llm.llm_engine, list(enumerate(asks)), {}
+    preempted: set[str] = set()
+    with recorded_decisions() as decisions:
+        while pending or engine.has_unfinished_requests():
+            if pending:
+                index, ask = pending.pop(0)
+                request = llm._preprocess_cmpl([ask.prompt()])[0]
+                engine.add_request(str(index), request, ask.sampling_params())
+            for output in engine.step():
+                if output.finished:
+                    index = output.request_id.split("-")[0]
+                    tokens[index] = list(output.outputs[0].token_ids)
+            live = scheduler_of(llm).requests.values()
+            preempted |= {request.request_id for request in live if request.num_preemptions}
+    return tokens, decisions, len(preempted)
+
+
+def test_preempted_requests_repeat_their_decisions(host: EngineHost, folders: Any) -> None:
+    """In a pool too small for all, images are decided on again, from the encoder or its cache."""
+    asks = tuple(
+        replace(ask, text=f"SYSTEM: {'be kind ' * more}{ask.text}", max_tokens=96)
+        for more in (1, 3)
+        for ask in MIXED
+    )
+    host.engine(**engine_args(folders[LLAVA], CHEAP))
+    tokens, decisions, _ = host.call(traffic, asks)
+    # K and V of 32 tokens, 2 heads of 32 values, fp32: a block of one layer.
+    pool = 220 * 32 * 2 * 2 * 32 * 4
+    host.engine(**engine_args(folders[LLAVA], CHEAP, kv_cache_memory_bytes=pool, max_model_len=480))
+    again = host.call(traffic, asks)
+    assert again[2] >= 2
+    assert again[:2] == (tokens, decisions)
+
+
+def test_a_video_is_refused(v1: EngineHost, folders: dict[str, Path]) -> None:
+    limits = {"image": 1, "video": 1}
+    v1.engine(
+        **engine_args(
+            folders[QWEN],
+            CHEAP,
+            limit_mm_per_prompt=limits,
+            max_model_len=1024,
+            max_num_batched_tokens=1100,
+        )
+    )
+    ask = FamilyAsk(folders[QWEN], (("video", 0), ("text", "What happens here?")))
+    with pytest.raises(Exception, match="Videos are not available under --reroute-schedule nuwa"):
+        v1.call(generate, [ask])
+
+
+def test_compiled_stages_answer_as_eager_ones(folders: dict[str, Path]) -> None:
+    """Also the piece between the layer that scores and the one it decides for."""
+    host = EngineHost()
+    try:
+        asks = [ask for ask in MIXED if ask.images]
+        host.engine(**engine_args(folders[LLAVA], KINDS[0]))
+        eager = host.call(generate, asks)
+        host.engine(**engine_args(folders[LLAVA], KINDS[0], enforce_eager=False))
+        for one, other in zip(eager, host.call(generate, asks), strict=True):
+            assert (one.token_ids, one.selected) == (other.token_ids, other.selected)
+    finally:
+        host.close()
+
+
+@pytest.mark.parametrize("model", [LLAVA, QWEN])
+def test_tensor_parallel_ranks_choose_alike(
+    v1: EngineHost, folders: dict[str, Path], model: str
+) -> None:
+    """Heads of tower and decoder are split over two ranks; they answer as one rank does."""
+    asks = requests(model, folders[model])
+    v1.engine(**engine_args(folders[model], KINDS[0]))
+    alone = v1.call(generate, asks)
+    host = EngineHost({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    try:
+        host.engine(**engine_args(folders[model], KINDS[0], tensor_parallel_size=2))
+        for one, other in zip(alone, host.call(generate, asks), strict=True):
+            assert one.token_ids == other.token_ids
+    finally:
+        host.close()
