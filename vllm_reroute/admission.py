@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm.exceptions import VLLMValidationError
 
+from vllm_reroute.config import RoutingSchedule
 from vllm_reroute.planning.visual_spans import VisualSpans
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     if spans is None:
         return
     num_prompt = len(request.prompt_token_ids or ())
+    if RoutingSchedule.of(vllm_config).encoder_ratio is not None:
+        _check_images_only(request)
     _check_fits_one_step(num_prompt, vllm_config)
     if spans.end >= num_prompt:
         raise VLLMValidationError(
@@ -47,6 +50,15 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
                 parameter=name,
                 value=getattr(request.sampling_params, name),
             )
+
+
+def _check_images_only(request: EngineCoreRequest) -> None:
+    if any(feature.modality == "video" for feature in request.mm_features or ()):
+        raise VLLMValidationError(
+            "Videos are not available under --reroute-schedule nuwa: its first decision ranks the "
+            "patches of single images. Send frames as images, or serve with another schedule.",
+            parameter="video",
+        )
 
 
 def _check_fits_one_step(num_prompt: int, vllm_config: VllmConfig) -> None:

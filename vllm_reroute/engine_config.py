@@ -15,6 +15,7 @@ from vllm_reroute.hooks.input_processor import INPUT_PROCESSOR
 from vllm_reroute.hooks.seams import check_vllm
 from vllm_reroute.models.architectures import RoutedArchitecture
 from vllm_reroute.models.deepstack import first_decision_layer
+from vllm_reroute.nuwa.requirements import check_encoder_options
 
 if TYPE_CHECKING:
     from vllm.config import CompilationConfig, VllmConfig
@@ -24,7 +25,7 @@ SCHEDULER = "vllm_reroute.kv_cache.scheduler.routed_scheduler"
 
 
 @contextmanager
-def request_routing(engine_args: EngineArgs) -> Iterator[None]:
+def request_routing(engine_args: EngineArgs, options: RerouteOptions) -> Iterator[None]:
     """While vLLM builds its config: ask for the routed model class and scheduler.
 
     Raises ValueError for arguments routing cannot honour.
@@ -33,7 +34,9 @@ def request_routing(engine_args: EngineArgs) -> Iterator[None]:
     check_arguments(engine_args)
     INPUT_PROCESSOR.install()
     wanted = {
-        "hf_overrides": RoutedArchitecture(engine_args.hf_overrides),
+        "hf_overrides": RoutedArchitecture(
+            engine_args.hf_overrides, nuwa=options.starts_in_encoder
+        ),
         "scheduler_cls": SCHEDULER,
         "compilation_config": _compilation(engine_args.compilation_config),
     }
@@ -71,6 +74,8 @@ def configure_routing(vllm_config: VllmConfig, options: RerouteOptions) -> VllmC
     vllm_config.additional_config = additional
     _choose_block_size(vllm_config)
     check_config(vllm_config)
+    if options.starts_in_encoder:
+        check_encoder_options(vllm_config)
     return vllm_config
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_reroute.hooks.engine_args import ENGINE_ARGS
-from vllm_reroute.models.families import FAMILIES, routed_name
+from vllm_reroute.models.families import FAMILIES, nuwa_name, routed_name
 
 
 def register() -> None:
@@ -19,5 +19,7 @@ def register() -> None:
     register_routed_spec()
     for family in FAMILIES:
         ModelRegistry.register_model(routed_name(family.architecture), family.model_class)
+        if family.nuwa_class is not None:
+            ModelRegistry.register_model(nuwa_name(family.architecture), family.nuwa_class)
     for hook in ENGINE_ARGS:
         hook.install()

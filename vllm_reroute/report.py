@@ -19,10 +19,17 @@ MIB = 2**20
 
 def schedule_lines(schedule: RoutingSchedule, num_visual: int) -> list[str]:
     """The schedule and what it keeps of an image of `num_visual` tokens, a line each."""
-    what = "may come back" if schedule.reroutes else "are gone for good"
+    what = _fate(removed=not schedule.reroutes)
+    variant = f", variant {schedule.variant}" if schedule.variant else ""
     lines = [
-        f"schedule          {schedule.name}, action {schedule.action} (deferred tokens {what})",
+        f"schedule          {schedule.name}, action {schedule.action}{variant} (deferred tokens {what})",
         f"decision layers   {', '.join(map(str, schedule.layers))} of {schedule.num_layers}",
+        *(
+            f"before layer 0    the vision encoder decides, for each image: rejected tokens "
+            f"{_fate(removed=decision.removes)}"
+            for decision in schedule.decisions
+            if decision.scored_at is None
+        ),
         f"keep ratios       {', '.join(f'{r:g}' for r in schedule.keep)}",
         f"visual tokens     {schedule.average(num_visual):.1f} per layer on average, of {num_visual}",
         "",
@@ -34,6 +41,10 @@ def schedule_lines(schedule: RoutingSchedule, num_visual: int) -> list[str]:
         layers = f"{stage.first_layer}-{stage.end_layer - 1}"
         lines.append(f"{index:>5}   {layers:>6}   {stage.keep_ratio:>22.4g}   {kept:>13}")
     return lines
+
+
+def _fate(*, removed: bool) -> str:
+    return "are gone for good" if removed else "may come back"
 
 
 def footprint_lines(footprint: RequestFootprint) -> list[str]:

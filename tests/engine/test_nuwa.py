@@ -7,18 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoProcessor
 
 from benchmarks.local_models import build_family
-from tests.engine.conftest import engine_args
+from tests.engine.conftest import GROUPED, engine_args
 from tests.engine.family_requests import FamilyAsk
 from tests.engine.host import EngineHost
-from tests.engine.probes import (
-    free_blocks,
-    generate,
-    generate_one_by_one,
-    recorded_decisions,
-    scheduler_of,
-)
+from tests.engine.probes import free_blocks, generate, generate_one_by_one, stepwise
 from tests.engine.requests import (
     LONG_TEXT,
     MIXED,
@@ -28,6 +23,7 @@ from tests.engine.requests import (
     TWO_IMAGES,
     Answer,
 )
+from tests.engine.test_continuous_batching import live_blocks
 from vllm_reroute.config import RerouteOptions, RoutingSchedule
 from vllm_reroute.kv_cache.footprint import RequestFootprint
 
@@ -69,11 +65,14 @@ def schedule_of(options: dict[str, Any]) -> RoutingSchedule:
     return RerouteOptions.from_mapping(options).resolve(DEPTH)
 
 
-def image_sizes(llm: Any, asks: list[Any]) -> list[list[int]]:
-    """Visual tokens of each image of each request."""
-    inputs = [llm._preprocess_cmpl([ask.prompt()])[0] for ask in asks]
-    placeholders = [request.get("mm_placeholders", {}).get("image", []) for request in inputs]
-    return [[place.get_num_embeds() for place in places] for places in placeholders]
+def image_sizes(folder: Path, ask: Any) -> list[int]:
+    """Visual tokens of each image of a request."""
+    if not ask.visual:
+        return []
+    inputs = ask.inputs(AutoProcessor.from_pretrained(folder))
+    if "image_grid_thw" in inputs:
+        return (inputs["image_grid_thw"].prod(dim=-1) // 4).tolist()
+    return [GROUPED.visual_tokens] * len(inputs["pixel_values"])
 
 
 def check_decisions(schedule: RoutingSchedule, sizes: list[int], answer: Answer) -> None:
@@ -103,7 +102,7 @@ def test_a_mixed_batch_answers_as_each_request_alone(
     host.engine(**engine_args(folders[model], options))
     asks, before = requests(model, folders[model]), host.call(free_blocks)
     together, alone = host.call(generate, asks), host.call(generate_one_by_one, asks)
-    sizes = host.call(image_sizes, asks)
+    sizes = [image_sizes(folders[model], ask) for ask in asks]
     for own_sizes, one, other in zip(sizes, together, alone, strict=True):
         check_decisions(schedule_of(options), own_sizes, one)
         assert one.selected == other.selected
@@ -147,21 +146,6 @@ def test_an_image_of_the_encoder_cache_decides_as_a_fresh_one(
         assert answer.logprobs == answers[0].logprobs
 
 
-def live_blocks(llm: Any, ask: Any, steps: int) -> tuple[int, int]:
-    """Blocks a request holds after some steps, and the tokens it has K/V for."""
-    engine = llm.llm_engine
-    engine.add_request("live", llm._preprocess_cmpl([ask.prompt()])[0], ask.sampling_params())
-    for _ in range(steps):
-        engine.step()
-    (request,) = scheduler_of(llm).requests.values()
-    managers = scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers
-    held = sum(len(manager.req_to_blocks[request.request_id]) for manager in managers)
-    computed = request.num_computed_tokens
-    engine.abort_request([request.request_id], internal=True)
-    engine.step()
-    return held, computed
-
-
 @pytest.mark.parametrize("model", [LLAVA, QWEN])
 def test_no_layer_holds_blocks_for_a_rejected_token(
     host: EngineHost, folders: dict[str, Path], model: str
@@ -169,9 +153,9 @@ def test_no_layer_holds_blocks_for_a_rejected_token(
     """From layer 0 on: text and anchors, then text and the kept ones; an abort frees them all."""
     host.engine(**engine_args(folders[model], CHEAP))
     before = host.call(free_blocks)
-    asks = requests(model, folders[model])[:3]
-    for ask, sizes in zip(asks, host.call(image_sizes, asks), strict=True):
-        held, computed = host.call(live_blocks, replace(ask, max_tokens=60), 40)
+    for ask in requests(model, folders[model])[:3]:
+        sizes = image_sizes(folders[model], ask)
+        held, computed, after = host.call(live_blocks, replace(ask, max_tokens=60), 40)
         footprint = RequestFootprint(
             schedule=schedule_of(CHEAP),
             num_visual=sum(sizes),
@@ -181,26 +165,7 @@ def test_no_layer_holds_blocks_for_a_rejected_token(
             block_size=32,
         )
         assert held == footprint.routed_blocks
-        assert host.call(free_blocks) == before
-
-
-def traffic(llm: Any, asks: tuple[Any, ...]) -> tuple[dict[str, list[int]], dict[int, Any], int]:
-    """A request every step: tokens by request, decisions by prompt length, and preemptions."""
-    engine, pending, tokens = llm.llm_engine, list(enumerate(asks)), {}
-    preempted: set[str] = set()
-    with recorded_decisions() as decisions:
-        while pending or engine.has_unfinished_requests():
-            if pending:
-                index, ask = pending.pop(0)
-                request = llm._preprocess_cmpl([ask.prompt()])[0]
-                engine.add_request(str(index), request, ask.sampling_params())
-            for output in engine.step():
-                if output.finished:
-                    index = output.request_id.split("-")[0]
-                    tokens[index] = list(output.outputs[0].token_ids)
-            live = scheduler_of(llm).requests.values()
-            preempted |= {request.request_id for request in live if request.num_preemptions}
-    return tokens, decisions, len(preempted)
+        assert after == before
 
 
 def test_preempted_requests_repeat_their_decisions(host: EngineHost, folders: Any) -> None:
@@ -211,13 +176,13 @@ def test_preempted_requests_repeat_their_decisions(host: EngineHost, folders: An
         for ask in MIXED
     )
     host.engine(**engine_args(folders[LLAVA], CHEAP))
-    tokens, decisions, _ = host.call(traffic, asks)
+    seen = host.call(stepwise, asks, every=1)
     # K and V of 32 tokens, 2 heads of 32 values, fp32: a block of one layer.
     pool = 220 * 32 * 2 * 2 * 32 * 4
     host.engine(**engine_args(folders[LLAVA], CHEAP, kv_cache_memory_bytes=pool, max_model_len=480))
-    again = host.call(traffic, asks)
-    assert again[2] >= 2
-    assert again[:2] == (tokens, decisions)
+    again = host.call(stepwise, asks, every=1)
+    assert again["preempted"] >= 2
+    assert [again[what] for what in ("tokens", "decisions")] == [seen["tokens"], seen["decisions"]]
 
 
 def test_a_video_is_refused(v1: EngineHost, folders: dict[str, Path]) -> None:

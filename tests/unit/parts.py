@@ -89,6 +89,7 @@ def layer_specs(
             head_size=head_size,
             dtype=dtype,
             keep_ratio=ratio,
+            encoder_ratio=schedule.encoder_ratio,
             num_layers=len(of_ratio),
         )
         for ratio, of_ratio in layers.items()

@@ -15,7 +15,7 @@ from vllm_reroute.command_line.flags import options_from_flags
 from vllm_reroute.config import CONFIG_KEY, RerouteOptions, RoutingSchedule, is_routed
 from vllm_reroute.plugin import register
 
-FLAGS = ["schedule", "action", "tier", "budget", "layers", "keep"]
+FLAGS = ["schedule", "action", "variant", "tier", "budget", "layers", "keep"]
 SHORT, FULL = "llava-1.5", "llava-hf/llava-1.5-7b-hf"
 
 
@@ -53,7 +53,7 @@ def test_the_flags_are_in_the_help(parser, keyword, capsys):
         parser.parse_args([f"--help={keyword}"])
     shown = capsys.readouterr().out
     assert all(f"--reroute-{name}" in shown for name in FLAGS)
-    assert "{fastv,pdrop,none}" in shown and "{192,128,64}" in shown
+    assert "{fastv,pdrop,nuwa,none}" in shown and "{192,128,64}" in shown
 
 
 @pytest.mark.parametrize(

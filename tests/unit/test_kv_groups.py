@@ -44,8 +44,8 @@ ROUTED = [
     ),
     *(RerouteOptions(layers=layers, keep=keep).resolve(depth) for layers, keep, depth in CUSTOM),
 ]
-# Distinct ratios, the dense first stage included.
-NUM_GROUPS = [*[2] * 6, *[4] * 3, *[5] * 3, 5, 3, 4, 1, 6]
+# Distinct ratios, the dense first stage included where there is one.
+NUM_GROUPS = [*[2] * 6, *[4] * 3, *[5] * 3, *[2] * 6, 5, 3, 4, 1, 6]
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +159,11 @@ def test_an_image_request_of_llava_7b_holds_little_more_than_ideal(name, action,
         "nothing but whole blocks is added"
     )
     over = footprint.routed_bytes / footprint.ideal_bytes - 1
-    if (name, tier) == ("fastv", 64):
-        # 104 + 11 tokens in blocks of 16 alone are 11 % over; no grouping can change that.
-        assert over == pytest.approx(0.0746, abs=1e-3)
+    # 104 + 11 tokens in blocks of 16 alone are 11 % over, 104 + 16 are 7 %; no grouping can change
+    # that.
+    few = {("fastv", 64): 0.0746, ("nuwa", 64): 0.0476}
+    if (name, tier) in few:
+        assert over == pytest.approx(few[name, tier], abs=1e-3)
     else:
         assert over < 0.04
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from vllm_reroute.config import RerouteOptions, RoutingSchedule
 from vllm_reroute.planning.step_plan import RequestRouting, plan_step
 from vllm_reroute.planning.visual_spans import VisualSpans
 from vllm_reroute.routing.decoder import RoutedDecoder
@@ -16,8 +17,14 @@ from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
 from vllm_reroute.routing.prompt_rows import PromptRows
 from vllm_reroute.routing.scoring import last_prompt_row
 
-HIDDEN = 8
-RATIOS = (1.0, 0.5, 0.25)
+HIDDEN, DEPTH = 8, 8
+SCHEDULES = [
+    {"layers": [2, 5], "keep": [0.5, 0.25], "action": "reroute"},
+    {"layers": [2, 5], "keep": [0.5, 0.25], "action": "remove"},
+    {"schedule": "nuwa", "action": "remove"},
+    {"schedule": "nuwa", "variant": "A"},
+    {"schedule": "nuwa", "variant": "B"},
+]
 SPANS = VisualSpans((2,), (18,))
 
 
@@ -35,32 +42,40 @@ class FakeScorer:
         return scores
 
 
-def decoder(*, reroutes: bool) -> RoutedDecoder:
+def decoder(schedule: RoutingSchedule) -> RoutedDecoder:
     """The real loop over stages, around layers that only add."""
     routed = RoutedDecoder.__new__(RoutedDecoder)
     torch.nn.Module.__init__(routed)
-    routed.schedule = SimpleNamespace(keep=RATIOS[1:], ratios=RATIOS, reroutes=reroutes)
-    routed._stages = tuple(
+    routed.schedule = schedule
+    routed._pieces = tuple(
         lambda positions, hidden, residual, additions=None: (
             hidden + 1,
             hidden if residual is None else residual,
         )
-        for _ in RATIOS
+        for _ in schedule.pieces
     )
-    routed._scorers = (FakeScorer(), FakeScorer())
+    routed._scorers = {
+        decision.scored_at: FakeScorer()
+        for decision in schedule.decisions
+        if decision.scored_at is not None
+    }
     routed._norm = (lambda hidden, residual: (hidden + residual, residual),)
-    device = torch.device("cpu")
-    routed.deferred = DeferredTokenBuffer(64, HIDDEN, torch.float32, device) if reroutes else None
+    buffer = DeferredTokenBuffer(64, HIDDEN, torch.float32, torch.device("cpu"))
+    routed.deferred = buffer if schedule.reroutes else None
     return routed
 
 
-@pytest.mark.parametrize("reroutes", [True, False], ids=["reroute", "remove"])
-def test_routed_step_reads_nothing_back(reroutes: bool) -> None:
-    image = RequestRouting.of(SPANS, 20, RATIOS)
-    plan = plan_step(np.array([0, 7]), np.array([20, 1]), [image, None], RATIOS)
+@pytest.mark.parametrize(
+    "options", SCHEDULES, ids=lambda options: "-".join(map(str, options.values()))
+)
+def test_routed_step_reads_nothing_back(options: dict[str, Any]) -> None:
+    schedule = RerouteOptions.from_mapping(options).resolve(DEPTH)
+    image = RequestRouting.of(SPANS, 20, schedule.ratios, schedule.encoder_ratio)
+    plan = plan_step(np.array([0, 7]), np.array([20, 1]), [image, None], schedule.ratios)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        routed = decoder(reroutes=reroutes)
-        output = routed._run_routed(torch.randn(24, HIDDEN), torch.arange(24), None, plan)
+        tokens, positions = torch.randn(24, HIDDEN), torch.arange(24)
+        scores = torch.rand(24) if schedule.encoder_ratio else None
+        output = decoder(schedule)._run_routed(tokens, positions, None, scores, plan)
     assert output.shape == (24, HIDDEN)
 
 

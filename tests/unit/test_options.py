@@ -12,12 +12,15 @@ DEPTH = 8
 REFUSED_AT_ONCE = {
     "unknown schedule": (
         {"schedule": "fastvv"},
-        ["--reroute-schedule 'fastvv'", "fastv, pdrop, none"],
+        ["--reroute-schedule 'fastvv'", "fastv, pdrop, nuwa, none"],
     ),
-    "schedule of a wrong type": ({"schedule": 3}, ["--reroute-schedule 3", "fastv, pdrop, none"]),
+    "schedule of a wrong type": (
+        {"schedule": 3},
+        ["--reroute-schedule 3", "fastv, pdrop, nuwa, none"],
+    ),
     "schedules in a list": (
         {"schedule": ["pdrop"]},
-        ["--reroute-schedule ['pdrop']", "fastv, pdrop, none"],
+        ["--reroute-schedule ['pdrop']", "fastv, pdrop, nuwa, none"],
     ),
     "unknown action": (
         {"schedule": "pdrop", "action": "drop"},
@@ -68,18 +71,21 @@ REFUSED_AT_ONCE = {
         {"layers": [2], "keep": [0.5], "schedule": "none"},
         ["--reroute-schedule none", "--reroute-layers", "--reroute-keep", "Drop one"],
     ),
-    "tier alone": ({"tier": 64}, ["--reroute-tier 64", "Add --reroute-schedule", "fastv, pdrop"]),
+    "tier alone": (
+        {"tier": 64},
+        ["--reroute-tier 64", "Add --reroute-schedule", "fastv, nuwa, pdrop"],
+    ),
     "budget alone": (
         {"budget": 64},
-        ["--reroute-budget 64", "Add --reroute-schedule", "fastv, pdrop"],
+        ["--reroute-budget 64", "Add --reroute-schedule", "fastv, nuwa, pdrop"],
     ),
     "action alone": (
         {"action": "remove"},
-        ["--reroute-action remove", "Add --reroute-schedule", "fastv, pdrop"],
+        ["--reroute-action remove", "Add --reroute-schedule", "fastv, nuwa, pdrop"],
     ),
     "tier of no schedule": (
         {"schedule": "none", "tier": 64},
-        ["--reroute-tier 64", "Add --reroute-schedule", "fastv, pdrop"],
+        ["--reroute-tier 64", "Add --reroute-schedule", "fastv, nuwa, pdrop"],
     ),
     "layers without ratios": ({"layers": [2]}, ["--reroute-layers", "--reroute-keep", "give both"]),
     "ratios without layers": ({"keep": [0.5]}, ["--reroute-layers", "--reroute-keep", "give both"]),
@@ -127,7 +133,7 @@ REFUSED_AT_ONCE = {
     ),
     "unknown option": (
         {"schedules": "pdrop"},
-        ["'schedules'", "schedule, action, tier, budget, layers, keep"],
+        ["'schedules'", "schedule, action, variant, tier, budget, layers, keep"],
     ),
 }
 REFUSED_FOR_THE_MODEL = {

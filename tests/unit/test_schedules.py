@@ -35,6 +35,7 @@ PUBLISHED = {
     ),
 }
 METHODS = list(PUBLISHED)
+NUWA = [("nuwa", "remove"), ("nuwa", "reroute")]  # see test_nuwa_schedules.py
 DEPTHS = range(6, 81)
 
 
@@ -44,7 +45,7 @@ def resolve(name, action, depth, tier=192) -> RoutingSchedule:
 
 def test_there_is_nothing_else():
     assert {(name, action) for name, actions in SCHEDULES.items() for action in actions} == set(
-        METHODS
+        METHODS + NUWA
     )
     assert (ACTIONS, TIERS) == (("reroute", "remove"), (192, 128, 64))
 

@@ -32,7 +32,7 @@ class Step:
         routings = [RequestRouting.of(spans, num_prompt, RATIOS) for spans, num_prompt, *_ in batch]
         computed, scheduled = (np.array([r[i] for r in batch]) for i in (2, 3))
         self.plan = plan_step(computed, scheduled, routings, RATIOS)
-        self.prompts = PromptRows.of(self.plan, 1.0, 0, CPU)
+        self.prompts = PromptRows.of(self.plan, None, CPU)
         self.visual = visual_mask(self.plan, CPU)
 
     def select(self, scores, ratio_index, visual=None):
@@ -152,7 +152,7 @@ def test_prompt_rows_of_a_mixed_step():
     assert prompts.last.tolist() == [41, 51]
     assert prompts.slots.tolist() == [*range(30), *range(30, 39)]
     assert step.visual.nonzero().flatten().tolist() == [*range(16, 36), *range(43, 50)]
-    compact = PromptRows.of(step.plan, 0.2, 2, CPU)
+    compact = PromptRows.of(step.plan, 0.2, CPU)
     assert compact.lens == (14, 3) and compact.num_rows == 12 + 14 + 1 + 9
     assert compact.rows.tolist() == [*range(12, 26), *range(27, 30)]
     assert compact.last.tolist() == [25, 29]

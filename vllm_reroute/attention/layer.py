@@ -9,6 +9,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 
 from vllm_reroute.attention.backend import routed_backend
+from vllm_reroute.compatibility import PLAIN_CACHE_DTYPES
 from vllm_reroute.kv_cache.spec import RoutedAttentionSpec
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class RoutedAttention(Attention):
     """
 
     keep_ratio: float
+    encoder_ratio: float | None
     layer_in_group: int
     num_layers_in_group: int
     routing_step: RoutingStep
@@ -49,6 +51,7 @@ class RoutedAttention(Attention):
             spec,
             RoutedAttentionSpec,
             keep_ratio=self.keep_ratio,
+            encoder_ratio=self.encoder_ratio,
             num_layers=self.num_layers_in_group,
         )
 
@@ -71,6 +74,7 @@ def route_attention(
             layer.impl.__class__ = layer.attn_backend.get_impl_cls()
             layer.__class__ = RoutedAttention
             layer.keep_ratio = ratio
+            layer.encoder_ratio = schedule.encoder_ratio
             layer.layer_in_group = index
             layer.num_layers_in_group = len(group)
             layer.routing_step = routing_step
@@ -82,6 +86,13 @@ def _check_supported(layer: Attention) -> None:
         raise ValueError(
             f"Layer {layer.layer_name} uses {type(layer).__name__}, which routing cannot replace. "
             "Serve this model without --reroute-schedule."
+        )
+    if layer.kv_cache_dtype not in PLAIN_CACHE_DTYPES:
+        raise ValueError(
+            f"Layer {layer.layer_name} has a K/V cache of type {layer.kv_cache_dtype!r}, as the "
+            "checkpoint asks for, which routing has not been tested with. Allowed: "
+            f"{', '.join(PLAIN_CACHE_DTYPES)}. Add --kv-cache-dtype bfloat16, or serve without "
+            "--reroute-schedule."
         )
     if layer.sliding_window is not None:
         raise ValueError(

@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vllm_reroute.config.options import DEFAULT_ACTION, DEFAULT_TIER, NO_SCHEDULE
-from vllm_reroute.config.schedules import ACTIONS, SCHEDULES, TIERS
+from vllm_reroute.config.options import (
+    DEFAULT_ACTION,
+    DEFAULT_TIER,
+    DEFAULT_VARIANT,
+    NO_SCHEDULE,
+)
+from vllm_reroute.config.schedules import ACTIONS, SCHEDULES, TIERS, VARIANTS
 
 GROUP_TITLE = "Reroute"
 _PREFIX = "reroute_"
@@ -34,6 +39,13 @@ def add_reroute_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         default=argparse.SUPPRESS,
         help="What becomes of tokens that were not kept: 'reroute' lets them come back at the next "
         f"decision, 'remove' drops them for good. Default: {DEFAULT_ACTION}.",
+    )
+    group.add_argument(
+        "--reroute-variant",
+        choices=VARIANTS,
+        default=argparse.SUPPRESS,
+        help="With schedule nuwa and action reroute, tokens the vision encoder rejects are gone (A) "
+        f"or may come back like any other (B). Default: {DEFAULT_VARIANT}.",
     )
     group.add_argument(
         "--reroute-tier",

@@ -77,7 +77,9 @@ def _plan(args: argparse.Namespace) -> list[str]:
     if not options.active:
         raise ValueError(f"nothing to plan: give --reroute-schedule. Example: {EXAMPLE}")
     model = resolve_model(args.model)
-    config = RoutedArchitecture(None)(AutoConfig.from_pretrained(model))
+    config = RoutedArchitecture(None, nuwa=options.starts_in_encoder)(
+        AutoConfig.from_pretrained(model)
+    )
     text = config.get_text_config()
     schedule = options.resolve(text.num_hidden_layers, first_decision_layer(config))
     num_visual = visual_tokens_per_image(config)

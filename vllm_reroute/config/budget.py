@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from vllm_reroute.config.schedules import PublishedSchedule
+from vllm_reroute.config.schedules import PUBLISHED_VISUAL_TOKENS, PublishedSchedule
 
-REFERENCE_VISUAL_TOKENS = 576
+REFERENCE_VISUAL_TOKENS = PUBLISHED_VISUAL_TOKENS
 """Visual tokens of one LLaVA-1.5 image; budgets and averages are stated for it."""
 
 _BISECTION_STEPS = 60
+
+_SEVENTH = 7
+"""Nüwa lets seven times as many tokens into the decoder as it keeps from the middle on."""
 
 _NUDGES = range(-4, 5)
 """Tokens by which a solved count may move so that the total comes out exactly."""
@@ -25,6 +28,24 @@ def num_kept(num_visual: int, keep_ratio: float) -> int:
     if num_visual == 0:
         return 0
     return max(1, int(num_visual * keep_ratio))
+
+
+def num_kept_of_images(
+    image_sizes: Sequence[int], keep_ratio: float, encoder_ratio: float | None
+) -> int:
+    """Visual tokens of a request that run in the stages of `keep_ratio`.
+
+    image_sizes: visual tokens of each of its images and videos. encoder_ratio: keep ratio of the
+    decision the vision encoder takes, None where it takes none. The encoder sees one image at a
+    time, so each image keeps its own share; decoder layers rank all images jointly, among no more
+    tokens than the encoder has let through.
+    """
+    if encoder_ratio is None:
+        return num_kept(sum(image_sizes), keep_ratio)
+    passed = sum(num_kept(size, encoder_ratio) for size in image_sizes)
+    if keep_ratio == encoder_ratio:
+        return passed
+    return min(passed, num_kept(sum(image_sizes), keep_ratio))
 
 
 def average_visual_tokens(
@@ -59,7 +80,8 @@ def solve_keep_ratios(
             f"tokens can average {lowest:.1f} to {visual}. Choose a value in that range."
         )
     wanted = average * num_layers - sizes[0] * visual
-    low, high = 0.0, 2.0 ** len(layers)
+    # High enough for the last ratio to reach 1, where every shape keeps everything.
+    low, high = 0.0, _SEVENTH + 1.0 if published.shape == "seventh" else 2.0 ** len(layers)
     for _ in range(_BISECTION_STEPS):
         first = (low + high) / 2
         total = sum(
@@ -82,6 +104,8 @@ def _shape(published: PublishedSchedule, first: float) -> list[float]:
         ratios = [first ** (i + 1) for i in stages]
     elif published.shape == "halving":
         ratios = [first / 2 ** max(0, i - 1) for i in stages]
+    elif published.shape == "seventh":
+        ratios = [first / _SEVENTH if i else first for i in stages]
     else:
         ratios = [first for _ in stages]
     return [min(1.0, ratio) for ratio in ratios]

@@ -13,6 +13,7 @@ from vllm_reroute.config.schedules import (
     ACTIONS,
     SCHEDULES,
     TIERS,
+    VARIANTS,
     PublishedSchedule,
     scale_decision_layers,
 )
@@ -20,19 +21,22 @@ from vllm_reroute.config.schedules import (
 NO_SCHEDULE = "none"
 DEFAULT_ACTION = "reroute"
 DEFAULT_TIER = 192
+DEFAULT_VARIANT = "A"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RerouteOptions:
     """Options as given; None means not given. Errors speak of the command-line names.
 
-    schedule: a name of `SCHEDULES` or `none`. action: a name of `ACTIONS`. tier: one of `TIERS`.
+    schedule: a name of `SCHEDULES` or `none`. action: a name of `ACTIONS`. variant: one of
+    `VARIANTS`, for `nuwa` with action `reroute`. tier: one of `TIERS`.
     budget: wanted average of visual tokens per layer for a 576-token image.
     layers, keep: decision layers and keep ratios, instead of a schedule.
     """
 
     schedule: str | None = None
     action: str | None = None
+    variant: str | None = None
     tier: int | None = None
     budget: float | None = None
     layers: tuple[int, ...] | None = None
@@ -41,6 +45,7 @@ class RerouteOptions:
     def __post_init__(self) -> None:
         _check_choice("schedule", self.schedule, [*SCHEDULES, NO_SCHEDULE])
         _check_choice("action", self.action, ACTIONS)
+        _check_choice("variant", self.variant, VARIANTS)
         _check_choice("tier", self.tier, TIERS)
         self._check_combination()
         if self.layers is not None and self.keep is not None:
@@ -75,6 +80,12 @@ class RerouteOptions:
         """Whether these options ask for routing at all."""
         return (self.schedule or NO_SCHEDULE) != NO_SCHEDULE or self.layers is not None
 
+    @property
+    def starts_in_encoder(self) -> bool:
+        """Whether the vision encoder takes the first decision."""
+        published = SCHEDULES.get(self.schedule or NO_SCHEDULE)
+        return published is not None and published[DEFAULT_ACTION].starts_in_encoder
+
     def resolve(self, num_layers: int, first_decision_layer: int = 1) -> RoutingSchedule:
         """The complete schedule for a decoder of `num_layers` layers.
 
@@ -94,8 +105,14 @@ class RerouteOptions:
             keep = self._keep_ratios(published, num_layers, layers)
         if action == "remove":
             keep = tuple(itertools.accumulate(keep, min))
+        has_variants = layers[0] == 0 and action == "reroute"
         return RoutingSchedule(
-            name=name, action=action, num_layers=num_layers, layers=tuple(layers), keep=tuple(keep)
+            name=name,
+            action=action,
+            num_layers=num_layers,
+            layers=tuple(layers),
+            keep=tuple(keep),
+            variant=(self.variant or DEFAULT_VARIANT) if has_variants else None,
         )
 
     def _keep_ratios(
@@ -127,12 +144,24 @@ class RerouteOptions:
                     f"--reroute-{name} {value} has no meaning with --reroute-layers and "
                     "--reroute-keep, which say everything. Drop one or the other."
                 )
+        self._check_variant()
         extras = [n for n in ("action", "tier", "budget") if getattr(self, n) is not None]
         if extras and not self.active:
             raise ValueError(
                 f"--reroute-{extras[0]} {getattr(self, extras[0])} needs a schedule. Add "
                 f"--reroute-schedule with one of: {', '.join(sorted(SCHEDULES))}."
             )
+
+    def _check_variant(self) -> None:
+        in_encoder = [name for name, of in SCHEDULES.items() if of["reroute"].starts_in_encoder]
+        action = self.action or DEFAULT_ACTION
+        if self.variant is None or (self.schedule in in_encoder and action == "reroute"):
+            return
+        raise ValueError(
+            f"--reroute-variant {self.variant} says what becomes of tokens the vision encoder "
+            "rejects. Allowed: only with --reroute-schedule "
+            f"{', '.join(in_encoder)} and --reroute-action reroute. Leave it out, or choose these."
+        )
 
 
 def _check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:

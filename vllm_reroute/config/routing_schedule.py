@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_reroute.config.budget import REFERENCE_VISUAL_TOKENS, average_visual_tokens, num_kept
-from vllm_reroute.config.schedules import Action
+from vllm_reroute.config.budget import (
+    REFERENCE_VISUAL_TOKENS,
+    average_visual_tokens,
+    num_kept_of_images,
+)
+from vllm_reroute.config.schedules import Action, Variant
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -21,7 +25,7 @@ CONFIG_KEY = "reroute"
 class Stage:
     """Decoder layers between two decisions.
 
-    first_layer: inclusive; the decision layer, or 0 for the dense first stage.
+    first_layer: inclusive; the decision layer, or 0 for a dense first stage.
     end_layer: exclusive.
     keep_ratio: share of the request's original visual tokens that run here, in (0, 1].
     """
@@ -36,12 +40,29 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One choice of visual tokens.
+
+    layer: the choice runs from this decoder layer on. scored_at: the layer whose input the scores
+    come from; None if the vision encoder has decided. keep_ratio: as in `Stage`.
+    removes: whether tokens not kept are gone for good.
+    """
+
+    layer: int
+    scored_at: int | None
+    keep_ratio: float
+    removes: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoutingSchedule:
     """What to route where, complete and checked before the engine starts.
 
-    name: `fastv`, `pdrop` or `custom`. num_layers: decoder layers of the model.
-    layers: decision layers, strictly increasing, in [1, num_layers).
+    name: `fastv`, `pdrop`, `nuwa` or `custom`. num_layers: decoder layers of the model.
+    layers: decision layers, strictly increasing, in [0, num_layers). A decision at 0 is the vision
+    encoder's: there is no dense stage then.
     keep: one ratio per decision layer; for `remove` never rising, since nothing comes back.
+    variant: of a `reroute` schedule whose first decision is the vision encoder's; None otherwise.
     """
 
     name: str
@@ -49,16 +70,50 @@ class RoutingSchedule:
     num_layers: int
     layers: tuple[int, ...]
     keep: tuple[float, ...]
+    variant: Variant | None = None
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Stage 0 (dense) and one stage per decision layer."""
-        edges = itertools.pairwise((0, *self.layers, self.num_layers))
-        ratios = (1.0, *self.keep)
+        """One stage per decision layer, after a dense one unless the vision encoder decides."""
+        dense = self.encoder_ratio is None
+        edges = itertools.pairwise(((0,) * dense) + (*self.layers, self.num_layers))
+        ratios = (1.0,) * dense + self.keep
         return tuple(
             Stage(first_layer=first, end_layer=end, keep_ratio=ratio)
             for (first, end), ratio in zip(edges, ratios, strict=True)
         )
+
+    @property
+    def pieces(self) -> tuple[Stage, ...]:
+        """The stages, cut once more where the input of a layer inside one is scored."""
+        edges = {0, self.num_layers, *self.layers, *(d.scored_at or 0 for d in self.decisions)}
+        return tuple(
+            Stage(first_layer=first, end_layer=end, keep_ratio=self.keep_ratio_of(first))
+            for first, end in itertools.pairwise(sorted(edges))
+        )
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """All choices, in order.
+
+        Nüwa with `remove` scores by the layer before the one it decides for, as its authors do.
+        With `reroute` that layer has not seen the deferred tokens: the deciding layer scores.
+        """
+        lag = int(self.encoder_ratio is not None and not self.reroutes)
+        return tuple(
+            Decision(
+                layer=layer,
+                scored_at=layer - lag if layer else None,
+                keep_ratio=ratio,
+                removes=not self.reroutes or (layer == 0 and self.variant == "A"),
+            )
+            for layer, ratio in zip(self.layers, self.keep, strict=True)
+        )
+
+    @property
+    def encoder_ratio(self) -> float | None:
+        """Share of an image's tokens that the vision encoder's decision keeps; None without one."""
+        return self.keep[0] if self.layers[0] == 0 else None
 
     @property
     def reroutes(self) -> bool:
@@ -83,9 +138,16 @@ class RoutingSchedule:
             for layer in range(stage.first_layer, stage.end_layer)
         ]
 
-    def kept_per_stage(self, num_visual: int = REFERENCE_VISUAL_TOKENS) -> list[int]:
-        """Visual tokens of a request with `num_visual` that run in each stage."""
-        return [num_kept(num_visual, stage.keep_ratio) for stage in self.stages]
+    def kept_per_stage(self, *image_sizes: int) -> list[int]:
+        """Visual tokens that run in each stage, of a request with images of these sizes."""
+        return [
+            self.num_kept(image_sizes or (REFERENCE_VISUAL_TOKENS,), stage.keep_ratio)
+            for stage in self.stages
+        ]
+
+    def num_kept(self, image_sizes: Sequence[int], keep_ratio: float) -> int:
+        """Visual tokens of a request that run in the stages of `keep_ratio`."""
+        return num_kept_of_images(image_sizes, keep_ratio, self.encoder_ratio)
 
     def average(self, num_visual: int = REFERENCE_VISUAL_TOKENS) -> float:
         """True average of visual tokens per decoder layer for one request."""
@@ -99,6 +161,7 @@ class RoutingSchedule:
             "num_layers": self.num_layers,
             "layers": list(self.layers),
             "keep": list(self.keep),
+            "variant": self.variant,
         }
 
     @classmethod
@@ -109,6 +172,7 @@ class RoutingSchedule:
             num_layers=fields["num_layers"],
             layers=tuple(fields["layers"]),
             keep=tuple(fields["keep"]),
+            variant=fields.get("variant"),
         )
 
     @classmethod

@@ -1,7 +1,8 @@
 """The published schedules and how they scale to a model's depth.
 
 Decision layers and keep ratios are those of the Reroute paper's code (arXiv 2606.12412)
-for FastV (arXiv 2403.06764) and PyramidDrop (arXiv 2410.17247) on LLaVA-1.5-7B.
+for FastV (arXiv 2403.06764) and PyramidDrop (arXiv 2410.17247) on LLaVA-1.5-7B, and those of
+Nüwa's code (arXiv 2602.02951) for Nüwa.
 """
 
 from __future__ import annotations
@@ -18,22 +19,53 @@ ACTIONS: tuple[Action, ...] = ("reroute", "remove")
 TIERS: tuple[int, ...] = (192, 128, 64)
 """Published budgets: nominal average of visual tokens per layer for a 576-token image."""
 
+Variant = Literal["A", "B"]
+
+VARIANTS: tuple[Variant, ...] = ("A", "B")
+"""What `nuwa` with `reroute` does with tokens the vision encoder rejects: gone (A), or deferred
+like any other (B)."""
+
 PUBLISHED_DEPTH = 32
 """Decoder depth the published decision layers are written for (LLaVA-1.5-7B)."""
+
+PUBLISHED_VISUAL_TOKENS = 576
+"""Visual tokens of one image the published counts are written for (LLaVA-1.5-7B)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedSchedule:
     """One method with one action, as published.
 
-    layers: decision layers for a decoder of `PUBLISHED_DEPTH` layers.
+    layers: decision layers for a decoder of `PUBLISHED_DEPTH` layers; 0 is the vision encoder's.
     keep: tier -> one keep ratio per decision layer, a share of the original visual tokens.
     shape: relative keep ratios as a function of the first one, used to solve for a budget.
     """
 
     layers: tuple[int, ...]
     keep: Mapping[int, tuple[float, ...]]
-    shape: Literal["flat", "geometric", "halving"]
+    shape: Literal["flat", "geometric", "halving", "seventh"]
+
+    @property
+    def starts_in_encoder(self) -> bool:
+        """Whether the vision encoder takes the first decision, before decoder layer 0."""
+        return self.layers[0] == 0
+
+
+_NUWA_COUNTS = {192: (336, 48), 128: (224, 32), 64: (112, 16)}
+"""Nüwa's tier -> tokens that enter the decoder, tokens from its middle on."""
+
+
+def _nuwa(num_later: int) -> dict[int, tuple[float, ...]]:
+    """Nüwa's keep ratios with `num_later` decisions in the decoder, all to the second count.
+
+    Half a token is added, so that no rounding moves a count.
+    """
+    return {
+        tier: tuple(
+            (count + 0.5) / PUBLISHED_VISUAL_TOKENS for count in (first, *[later] * num_later)
+        )
+        for tier, (first, later) in _NUWA_COUNTS.items()
+    }
 
 
 SCHEDULES: dict[str, dict[Action, PublishedSchedule]] = {
@@ -69,6 +101,10 @@ SCHEDULES: dict[str, dict[Action, PublishedSchedule]] = {
             shape="halving",
         ),
     },
+    "nuwa": {
+        "remove": PublishedSchedule(layers=(0, 16), keep=_nuwa(1), shape="seventh"),
+        "reroute": PublishedSchedule(layers=(0, 16, 20, 24, 28), keep=_nuwa(4), shape="seventh"),
+    },
 }
 """name -> action -> what was published. `none` is not a schedule: it means stock vLLM."""
 
@@ -79,13 +115,13 @@ def scale_decision_layers(
     """Move decision layers published for 32 layers to a decoder of another depth.
 
     The first stays where it is (early layers mix in the image at any depth), unless the model
-    allows no decision below `first_decision_layer`. The others go to
-    floor(layer * num_layers / 32), pushed up where needed to stay strictly increasing. This
-    gives the published 28-layer positions of Qwen2.5-VL-7B exactly.
+    allows no decision below `first_decision_layer`; layer 0, the vision encoder's decision, always
+    stays. The others go to floor(layer * num_layers / 32), pushed up where needed to stay strictly
+    increasing. This gives the published 28-layer positions of Qwen2.5-VL-7B exactly.
 
     Raises ValueError when they do not fit below `num_layers`.
     """
-    scaled = [max(layers[0], first_decision_layer)]
+    scaled = [max(layers[0], first_decision_layer) if layers[0] else 0]
     for layer in layers[1:]:
         scaled.append(max(layer * num_layers // PUBLISHED_DEPTH, scaled[-1] + 1))
     if scaled[-1] >= num_layers:

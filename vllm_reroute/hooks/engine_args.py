@@ -57,7 +57,7 @@ def _create_engine_config(
 
     from vllm_reroute.engine_config import configure_routing, request_routing
 
-    with request_routing(self):
+    with request_routing(self, options):
         vllm_config = original(self, *args, **kwargs)
     return configure_routing(vllm_config, options)
 

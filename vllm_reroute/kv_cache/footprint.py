@@ -14,6 +14,7 @@ TYPICAL_TEXT_TOKENS = 104
 class RequestFootprint:
     """K/V a request with `num_visual` + `num_text` tokens holds.
 
+    image_sizes: visual tokens of each image; where not given, all are of one.
     bytes_per_token: K and V of one token in one layer, on one tensor-parallel rank.
     block_size: tokens per block.
     """
@@ -23,14 +24,19 @@ class RequestFootprint:
     num_text: int
     bytes_per_token: int
     block_size: int
+    image_sizes: tuple[int, ...] = ()
+
+    @property
+    def kept(self) -> list[int]:
+        """Visual tokens that hold K/V in each stage."""
+        return self.schedule.kept_per_stage(*(self.image_sizes or (self.num_visual,)))
 
     @property
     def routed_blocks(self) -> int:
         """Blocks of a routed engine; one holds `block_size` tokens of one layer."""
-        kept = self.schedule.kept_per_stage(self.num_visual)
         return sum(
             stage.num_layers * self._blocks(self.num_text + k)
-            for stage, k in zip(self.schedule.stages, kept, strict=True)
+            for stage, k in zip(self.schedule.stages, self.kept, strict=True)
         )
 
     @property
@@ -46,10 +52,9 @@ class RequestFootprint:
     @property
     def ideal_bytes(self) -> int:
         """Sum over layers of text + kept tokens, without rounding to blocks."""
-        kept = self.schedule.kept_per_stage(self.num_visual)
         return self.bytes_per_token * sum(
             stage.num_layers * (self.num_text + k)
-            for stage, k in zip(self.schedule.stages, kept, strict=True)
+            for stage, k in zip(self.schedule.stages, self.kept, strict=True)
         )
 
     def _blocks(self, num_tokens: int) -> int:

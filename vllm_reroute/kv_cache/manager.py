@@ -37,6 +37,7 @@ class RoutedAttentionManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: RoutedAttentionSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.keep_ratio = kv_cache_spec.keep_ratio
+        self.encoder_ratio = kv_cache_spec.encoder_ratio
         self.num_layers = kv_cache_spec.num_layers
         self.requests: Mapping[str, Request] = {}
         """Live requests by id; the scheduler puts its own mapping here."""
@@ -128,7 +129,7 @@ class RoutedAttentionManager(FullAttentionManager):
         """Token slots of whole blocks over all layers of the group, for `num_tokens` tokens."""
         request = self.requests.get(request_id)
         spans = visual_spans(request) if request is not None else None
-        length = routed_length(num_tokens, spans, self.keep_ratio)
+        length = routed_length(num_tokens, spans, self.keep_ratio, self.encoder_ratio)
         return self.num_layers * cdiv(length, self.block_size) * self.block_size
 
 

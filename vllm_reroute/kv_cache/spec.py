@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class RoutedAttentionSpec(FullAttentionSpec):
     """All decoder layers of one keep ratio: one KV cache group, one block table.
 
-    keep_ratio: share of a request's visual tokens that hold K/V here.
+    keep_ratio: share of a request's visual tokens that hold K/V here. encoder_ratio: of the
+    schedule; it decides how `keep_ratio` counts a request with several images.
     num_layers: layers in the group. A page holds `block_size` tokens of ONE layer and a request
     takes `num_layers` pages per `block_size` tokens, stored next to each other in the group's
     block table: entry `i * num_layers + j` is block `i` of the group's layer `j`. So groups of
@@ -23,6 +24,7 @@ class RoutedAttentionSpec(FullAttentionSpec):
     """
 
     keep_ratio: float
+    encoder_ratio: float | None = None
     num_layers: int
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:

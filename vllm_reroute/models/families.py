@@ -10,7 +10,8 @@ from dataclasses import dataclass
 class Family:
     """One stock architecture of vLLM and the class that routes it.
 
-    model_class: `module:class`, imported by vLLM only when it is used. short_names: short name ->
+    model_class: `module:class`, imported by vLLM only when it is used. nuwa_class: the same for
+    the schedule `nuwa`, None where the family's vision tower is not supported. short_names: short name ->
     Hugging Face id of common public checkpoints. tested: what the engine tests compare with the
     oracle. fixed_grid: whether every image takes the same number of visual tokens.
     """
@@ -21,6 +22,7 @@ class Family:
     short_names: Mapping[str, str]
     tested: str
     fixed_grid: bool = False
+    nuwa_class: str | None = None
 
 
 FAMILIES = (
@@ -35,6 +37,7 @@ FAMILIES = (
         },
         tested="images; Llama, Mistral and Qwen2 decoders; image embeddings; int8 weights",
         fixed_grid=True,
+        nuwa_class="vllm_reroute.models.llava_nuwa:RerouteNuwaLlavaForConditionalGeneration",
     ),
     Family(
         title="LLaVA-NeXT (1.6)",
@@ -87,6 +90,9 @@ FAMILIES = (
             "qwen2.5-vl-72b": "Qwen/Qwen2.5-VL-72B-Instruct",
         },
         tested="images of several sizes, videos; M-RoPE; image embeddings",
+        nuwa_class=(
+            "vllm_reroute.models.qwen2_5_vl_nuwa:RerouteNuwaQwen2_5_VLForConditionalGeneration"
+        ),
     ),
     Family(
         title="Qwen3-VL",
@@ -109,9 +115,15 @@ def routed_name(architecture: str) -> str:
     return f"Reroute{architecture}"
 
 
+def nuwa_name(architecture: str) -> str:
+    """The same for the class whose vision encoder takes the first decision."""
+    return f"RerouteNuwa{architecture}"
+
+
 def family_of(architecture: str) -> Family | None:
-    """The family of an architecture, given by its stock or its routed name."""
+    """The family of an architecture, given by its stock or one of its routed names."""
     for family in FAMILIES:
-        if architecture in (family.architecture, routed_name(family.architecture)):
+        stock = family.architecture
+        if architecture in (stock, routed_name(stock), nuwa_name(stock)):
             return family
     return None

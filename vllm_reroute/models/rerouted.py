@@ -8,7 +8,9 @@ import torch
 from vllm.config import VllmConfig
 from vllm.sequence import IntermediateTensors
 
+from vllm_reroute.config import RoutingSchedule
 from vllm_reroute.routing.decoder import RoutedDecoder
+from vllm_reroute.routing.scoring import LAST_TOKEN, ScoringRule
 from vllm_reroute.runners import connect_runner
 
 
@@ -24,12 +26,22 @@ class Rerouted:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         connect_runner(vllm_config)
         decoder = self.decoder
-        self.routed_decoder = RoutedDecoder(decoder.layers, decoder.norm, vllm_config)
+        self.routed_decoder = RoutedDecoder(
+            decoder.layers, decoder.norm, vllm_config, self.scoring(RoutingSchedule.of(vllm_config))
+        )
 
     @property
     def decoder(self) -> torch.nn.Module:
         """The module that holds the decoder's `layers` and its final `norm`."""
         return self.language_model.model
+
+    def scoring(self, schedule: RoutingSchedule) -> ScoringRule:
+        """The attention rows that score this family's visual tokens."""
+        return LAST_TOKEN
+
+    def encoder_scores(self, num_tokens: int) -> torch.Tensor | None:
+        """[tokens] fp32: the vision encoder's decision, for schedules that start with one."""
+        return None
 
     def layer_additions(self, num_tokens: int) -> IntermediateTensors | None:
         """[tokens, hidden] tensors to add after layers 0, 1, …, in order; None for most families.
@@ -60,10 +72,13 @@ class Rerouted:
         assert intermediate_tensors is None, "pipeline parallelism is refused at start"
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(input_ids)
-        additions = self.layer_additions(len(inputs_embeds))
-        output = self.routed_decoder(inputs_embeds, positions, additions)
+        num_tokens = len(inputs_embeds)
+        additions = self.layer_additions(num_tokens)
+        output = self.routed_decoder(
+            inputs_embeds, positions, additions, self.encoder_scores(num_tokens)
+        )
         if additions is not None:
-            self.layer_additions_done(len(inputs_embeds))
+            self.layer_additions_done(num_tokens)
         return output
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

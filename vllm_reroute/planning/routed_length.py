@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from vllm_reroute.config.budget import num_kept
+from vllm_reroute.config.budget import num_kept_of_images
 from vllm_reroute.planning.visual_spans import VisualSpans
 
 
-def routed_length(num_tokens: int, spans: VisualSpans | None, keep_ratio: float) -> int:
+def routed_length(
+    num_tokens: int,
+    spans: VisualSpans | None,
+    keep_ratio: float,
+    encoder_ratio: float | None = None,
+) -> int:
     """K/V entries of a request's first `num_tokens` tokens in a stage of `keep_ratio`.
 
-    All text tokens, and at most `num_kept` visual ones. Which visual tokens are kept does not
-    matter, so the scheduler knows the length before the worker has decided.
+    All text tokens, and at most the kept visual ones (`num_kept_of_images`). Which visual tokens
+    are kept does not matter, so the scheduler knows the length before the worker has decided.
     """
     if spans is None:
         return num_tokens
     visual = spans.num_before(num_tokens)
-    return num_tokens - visual + min(visual, num_kept(spans.num_visual, keep_ratio))
+    kept = num_kept_of_images(spans.sizes, keep_ratio, encoder_ratio)
+    return num_tokens - visual + min(visual, kept)

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vllm_reroute.config.budget import num_kept
+from vllm_reroute.config.budget import num_kept_of_images
 from vllm_reroute.planning.visual_spans import VisualSpans
 
 
@@ -26,14 +26,20 @@ class RequestRouting:
 
     @classmethod
     def of(
-        cls, spans: VisualSpans | None, num_prompt: int, ratios: Sequence[float]
+        cls,
+        spans: VisualSpans | None,
+        num_prompt: int,
+        ratios: Sequence[float],
+        encoder_ratio: float | None = None,
     ) -> RequestRouting | None:
-        """None for a request without visual tokens."""
+        """None for a request without visual tokens.
+
+        ratios, encoder_ratio: of the `RoutingSchedule`.
+        """
         if spans is None:
             return None
-        total = spans.num_visual
-        deferred = np.array([total - num_kept(total, r) for r in ratios], dtype=np.int64)
-        return cls(spans, num_prompt, deferred)
+        kept = [num_kept_of_images(spans.sizes, ratio, encoder_ratio) for ratio in ratios]
+        return cls(spans, num_prompt, spans.num_visual - np.array(kept, dtype=np.int64))
 
     def num_kept(self, ratio_index: int) -> int:
         """Visual tokens that run in stages of the ratio at `ratio_index`."""
@@ -80,13 +86,19 @@ class StepPlan:
     """One step, complete before it runs. Everything here lives on the host.
 
     lengths: keep ratio -> `StageLengths`. prefills: empty in a step that only decodes or runs
-    text; the model is then an ordinary loop over its layers.
+    text; the model is then an ordinary loop over its layers. everyone: lengths with no token
+    deferred, the layout of the step before any decision.
     """
 
     num_reqs: int
     num_tokens: int
     lengths: Mapping[float, StageLengths]
     prefills: tuple[ImagePrefill, ...]
+    everyone: StageLengths
+
+    def ratio_index(self, ratio: float) -> int:
+        """Place of a keep ratio among those of the schedule."""
+        return list(self.lengths).index(ratio)
 
 
 def plan_step(
@@ -126,4 +138,5 @@ def plan_step(
         )
         for g, ratio in enumerate(ratios)
     }
-    return StepPlan(num_reqs, int(starts[-1]), lengths, tuple(prefills))
+    everyone = StageLengths(num_scheduled.astype(np.int32), seq_lens.astype(np.int32))
+    return StepPlan(num_reqs, int(starts[-1]), lengths, tuple(prefills), everyone)

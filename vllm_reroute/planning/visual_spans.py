@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -23,10 +23,17 @@ class VisualSpans:
     """Visual tokens of one request, of all its images and videos.
 
     starts, ends: prompt positions, half-open, ascending and disjoint.
+    sizes: visual tokens of each image and video; where not given, every span is one.
     """
 
     starts: tuple[int, ...]
     ends: tuple[int, ...]
+    sizes: tuple[int, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.sizes:
+            lengths = (end - start for start, end in zip(self.starts, self.ends, strict=True))
+            object.__setattr__(self, "sizes", tuple(lengths))
 
     @classmethod
     def of(cls, mm_features: Sequence[MultiModalFeatureSpec]) -> VisualSpans | None:
@@ -36,15 +43,19 @@ class VisualSpans:
         """
         if not mm_features:
             return None
-        spans = sorted(
-            (first, last + 1)
+        of_items = [
+            [(first, last + 1) for first, last in feature.mm_position.extract_embeds_range()]
             for feature in mm_features
             if feature.modality in VISUAL_MODALITIES
-            for first, last in feature.mm_position.extract_embeds_range()
-        )
+        ]
+        spans = sorted(span for of_item in of_items for span in of_item)
         if not spans:
             return None
-        return cls(tuple(start for start, _ in spans), tuple(end for _, end in spans))
+        return cls(
+            starts=tuple(start for start, _ in spans),
+            ends=tuple(end for _, end in spans),
+            sizes=tuple(sum(end - start for start, end in of_item) for of_item in of_items),
+        )
 
     @cached_property
     def num_visual(self) -> int:

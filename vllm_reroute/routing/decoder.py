@@ -16,8 +16,8 @@ from vllm_reroute.attention.metadata import RoutedAttentionMetadata
 from vllm_reroute.config import RoutingSchedule
 from vllm_reroute.planning.step_plan import StepPlan
 from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
-from vllm_reroute.routing.prompt_rows import PromptRows, visual_mask
-from vllm_reroute.routing.scoring import LastTokenScorer
+from vllm_reroute.routing.prompt_rows import PromptRows, prompt_scores, visual_mask
+from vllm_reroute.routing.scoring import LAST_TOKEN, LastTokenScorer, ScoringRule
 from vllm_reroute.routing.selection import select_rows
 from vllm_reroute.routing.stage import build_stage
 
@@ -46,11 +46,16 @@ class RoutedDecoder(nn.Module):
     """Runs a decoder vLLM has built, stage by stage.
 
     layers: the decoder's layers, called as `layer(positions, hidden, residual)`. norm: its final
-    norm. A step without image prefills is an ordinary loop over all layers.
+    norm. scoring: the rows its decisions are scored by. A step without image prefills is an
+    ordinary loop over all layers.
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module], norm: nn.Module, vllm_config: VllmConfig
+        self,
+        layers: Sequence[nn.Module],
+        norm: nn.Module,
+        vllm_config: VllmConfig,
+        scoring: ScoringRule = LAST_TOKEN,
     ) -> None:
         super().__init__()
         self.schedule = RoutingSchedule.of(vllm_config)
@@ -60,11 +65,15 @@ class RoutedDecoder(nn.Module):
         )
         self._first_attention: RoutedAttention = layers[0].self_attn.attn
         # In tuples: these modules belong to the language model and load their weights there.
-        self._stages = tuple(
-            build_stage(layers[stage.first_layer : stage.end_layer], stage, vllm_config)
-            for stage in self.schedule.stages
+        self._pieces = tuple(
+            build_stage(layers[piece.first_layer : piece.end_layer], piece, vllm_config)
+            for piece in self.schedule.pieces
         )
-        self._scorers = tuple(LastTokenScorer(layers[first]) for first in self.schedule.layers)
+        self._scorers = {
+            decision.scored_at: LastTokenScorer(layers[decision.scored_at], scoring)
+            for decision in self.schedule.decisions
+            if decision.scored_at is not None
+        }
         self._norm = (norm,)
         text_config = vllm_config.model_config.hf_text_config
         self.deferred = (
@@ -80,7 +89,7 @@ class RoutedDecoder(nn.Module):
 
     def take_key_weights(self) -> None:
         """Call once the decoder's weights have been loaded, before vLLM processes them."""
-        for scorer in self._scorers:
+        for scorer in self._scorers.values():
             scorer.take_key_weights()
 
     def forward(
@@ -88,17 +97,19 @@ class RoutedDecoder(nn.Module):
         hidden_states: torch.Tensor,
         positions: torch.Tensor,
         additions: IntermediateTensors | None = None,
+        encoder_scores: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Final hidden states [tokens, hidden] of all tokens of the step, padding included.
 
         hidden_states: [tokens, hidden], the embeddings. positions: [tokens] or [3, tokens].
-        additions: [tokens, hidden] tensors to add after the first layers, one each. Rows of tokens
-        that did not run the last stage hold zeros: nothing samples from them.
+        additions: [tokens, hidden] tensors to add after the first layers, one each.
+        encoder_scores: [tokens] fp32, where the vision encoder takes the first decision. Rows of
+        tokens that did not run the last stage hold zeros: nothing samples from them.
         """
         plan = self._current_plan()
         if plan is None or not plan.prefills:
             return self._run_all(hidden_states, positions, additions)
-        return self._run_routed(hidden_states, positions, additions, plan)
+        return self._run_routed(hidden_states, positions, additions, encoder_scores, plan)
 
     def _current_plan(self) -> StepPlan | None:
         """The plan travels with the metadata of the step that is really running."""
@@ -115,10 +126,10 @@ class RoutedDecoder(nn.Module):
         positions: torch.Tensor,
         additions: IntermediateTensors | None,
     ) -> torch.Tensor:
-        first, *others = self._stages
+        first, *others = self._pieces
         hidden_states, residual = first(positions, hidden_states, None, additions)
-        for stage in others:
-            hidden_states, residual = stage(positions, hidden_states, residual)
+        for piece in others:
+            hidden_states, residual = piece(positions, hidden_states, residual)
         return self._norm[0](hidden_states, residual)[0]
 
     def _run_routed(
@@ -126,50 +137,73 @@ class RoutedDecoder(nn.Module):
         hidden_states: torch.Tensor,
         positions: torch.Tensor,
         additions: IntermediateTensors | None,
+        encoder_scores: torch.Tensor | None,
         plan: StepPlan,
     ) -> torch.Tensor:
         device, num_tokens = hidden_states.device, plan.num_tokens
-        positions = positions[..., :num_tokens]
         if additions is not None:
             additions = additions[:num_tokens]
-        hidden, residual = self._stages[0](positions, hidden_states[:num_tokens], None, additions)
-        tokens = RunningTokens(
-            stream=self._merged(hidden, residual),
-            positions=positions,
+        # Candidates of the next decision, and those of them that run: rows `chosen`, None for all.
+        candidates = RunningTokens(
+            stream=hidden_states[:num_tokens],
+            positions=positions[..., :num_tokens],
             rows=torch.arange(num_tokens, device=device),
             visual=visual_mask(plan, device),
         )
-        everyone = tokens
-        prompts = PromptRows.of(plan, 1.0, 0, device)
-        for i, scorer in enumerate(self._scorers):
-            ratio = self.schedule.keep[i]
-            ratio_index = self.schedule.ratios.index(ratio)
-            scores = scorer.score(tokens.stream, tokens.positions, prompts)
-            rows = select_rows(
-                scores,
-                tokens.visual,
-                prompts,
-                [p.routing.num_kept(ratio_index) for p in plan.prefills],
-                plan.lengths[ratio].num_tokens,
-            )
-            running = tokens.take(rows)
-            hidden, residual = self._stages[i + 1](
-                running.positions, torch.zeros_like(running.stream), running.stream
-            )
-            if i + 1 == len(self._scorers):
-                break
-            if self.deferred is not None:
-                self.deferred.write(running.rows, hidden + residual)
-                tokens = everyone
+        running, chosen = candidates, None
+        prompts = PromptRows.of(plan, None, device)
+        decisions = {decision.layer: decision for decision in self.schedule.decisions}
+        hidden, residual, scores = candidates.stream, None, None
+        for piece, run in zip(self.schedule.pieces, self._pieces, strict=True):
+            layer = piece.first_layer
+            scorer, decision = self._scorers.get(layer), decisions.get(layer)
+            if scorer is not None or decision is not None:
+                candidates.stream = self._brought_back(hidden, residual, chosen, candidates)
+            if scorer is not None:
+                scores = scorer.score(candidates.stream, candidates.positions, prompts)
+            if decision is not None:
+                ratio = decision.keep_ratio
+                ratio_index = plan.ratio_index(ratio)
+                if decision.scored_at is None:
+                    assert encoder_scores is not None, "images without the encoder's decision"
+                    scores = prompt_scores(encoder_scores, prompts)
+                chosen = select_rows(
+                    scores,
+                    candidates.visual,
+                    prompts,
+                    [p.routing.num_kept(ratio_index) for p in plan.prefills],
+                    plan.lengths[ratio].num_tokens,
+                )
+                running = candidates.take(chosen)
+                if decision.removes:
+                    candidates, chosen = running, None
+                    prompts = PromptRows.of(plan, ratio, device)
+            if layer == 0:
+                hidden, residual = run(running.positions, running.stream, None, additions)
             else:
-                running.stream = hidden + residual
-                tokens = running
-                prompts = PromptRows.of(plan, ratio, ratio_index, device)
+                hidden, residual = run(
+                    running.positions, torch.zeros_like(running.stream), running.stream
+                )
         output = hidden_states.new_zeros(hidden_states.shape)
         return output.index_copy_(0, running.rows, self._norm[0](hidden, residual)[0])
 
-    def _merged(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The residual stream after stage 0: in the side buffer if tokens may come back."""
+    def _brought_back(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        chosen: torch.Tensor | None,
+        candidates: RunningTokens,
+    ) -> torch.Tensor:
+        """The residual stream of all candidates at a layer's input.
+
+        hidden, residual: of those that ran, rows `chosen` of the candidates. The others waited in
+        the side buffer, which holds the stream wherever tokens may come back.
+        """
+        stream = hidden if residual is None else hidden + residual
         if self.deferred is None:
-            return hidden + residual
-        return torch.add(hidden, residual, out=self.deferred.open(len(hidden)))
+            return stream
+        waiting = self.deferred.open(len(candidates.rows))
+        if chosen is None:
+            return waiting.copy_(stream)
+        self.deferred.write(chosen, stream)
+        return waiting

@@ -12,9 +12,10 @@ class DeferredTokenBuffer(nn.Module):
     One row per token a step may hold, whatever the number of requests and layers: `capacity` is
     `max_num_batched_tokens`. It is allocated with the model, so vLLM's memory profile counts it.
 
-    Rows are addresses, not places in a batch: `write` and `read` take them explicitly. A step
-    uses row t for its token t; a later user may reserve rows past a step's for tokens that stay
-    parked from one step to the next (chunked image prompts), without changing this class.
+    Rows are addresses, not places in a batch: `write` takes them explicitly. A step uses row t for
+    candidate t of its decisions (its token t, where all may come back); a later user may reserve
+    rows past a step's for tokens that stay parked from one step to the next (chunked image
+    prompts), without changing this class.
 
     states: [capacity, hidden], the residual stream (hidden + residual) at a layer's input.
     """

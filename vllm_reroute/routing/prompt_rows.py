@@ -31,15 +31,17 @@ class PromptRows:
         return max(self.lens)
 
     @classmethod
-    def of(
-        cls, plan: StepPlan, keep_ratio: float, ratio_index: int, device: torch.device
-    ) -> PromptRows:
-        """Prompts as laid out in a stage of `keep_ratio` (1.0: all tokens of the step)."""
-        lengths = plan.lengths[keep_ratio]
+    def of(cls, plan: StepPlan, keep_ratio: float | None, device: torch.device) -> PromptRows:
+        """Prompts as laid out in a stage of `keep_ratio`; None: all tokens of the step."""
+        if keep_ratio is None:
+            lengths = plan.everyone
+            lens = tuple(p.routing.num_prompt for p in plan.prefills)
+        else:
+            lengths, ratio_index = plan.lengths[keep_ratio], plan.ratio_index(keep_ratio)
+            lens = tuple(
+                p.routing.num_prompt - int(p.routing.deferred[ratio_index]) for p in plan.prefills
+            )
         starts = [int(lengths.query_start_loc[p.index]) for p in plan.prefills]
-        lens = tuple(
-            p.routing.num_prompt - int(p.routing.deferred[ratio_index]) for p in plan.prefills
-        )
         width = max(lens)
         rows = [np.arange(start, start + n) for start, n in zip(starts, lens, strict=True)]
         slots = [np.arange(i * width, i * width + n) for i, n in enumerate(lens)]
@@ -54,6 +56,13 @@ class PromptRows:
             lens=lens,
             num_rows=lengths.num_tokens,
         )
+
+
+def prompt_scores(of_tokens: torch.Tensor, prompts: PromptRows) -> torch.Tensor:
+    """Scores [requests, width] from one per row of the layout: what a scorer would return."""
+    scores = of_tokens.new_zeros(len(prompts.lens) * prompts.width)
+    scores[prompts.slots] = of_tokens[prompts.rows]
+    return scores.view(len(prompts.lens), prompts.width)
 
 
 def visual_mask(plan: StepPlan, device: torch.device) -> torch.Tensor:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 import torch
 from torch import nn
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from vllm_reroute.routing.prompt_rows import PromptRows
+from vllm_reroute.routing.prompt_rows import PromptRows, to_device
+
+HeadReduction = Literal["mean", "max"]
 
 
 def last_prompt_row(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
@@ -21,15 +27,63 @@ def last_prompt_row(query: torch.Tensor, keys: torch.Tensor, scale: float) -> to
     return logits.softmax(dim=-1).sum(dim=(0, 1))
 
 
+def last_prompt_rows(
+    queries: torch.Tensor, keys: torch.Tensor, scale: float, heads: HeadReduction
+) -> torch.Tensor:
+    """Causal attention of the last prompt tokens to each key, mean over these tokens.
+
+    queries: [n, heads, dim], of the last n prompt tokens in order; keys: [tokens, kv_heads, dim].
+    Returns [tokens], fp32, the sum or the maximum over this rank's heads; higher is kept.
+    """
+    num_tokens, num_kv_heads, _ = keys.shape
+    grouped = queries.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).float()
+    logits = torch.einsum("kgnd,tkd->kgnt", grouped, keys.float()) * scale
+    last = num_tokens - len(queries)
+    causal = torch.ones(len(queries), num_tokens, dtype=torch.bool, device=keys.device).tril(last)
+    rows = logits.masked_fill(~causal, -torch.inf).softmax(dim=-1).mean(dim=2).flatten(0, 1)
+    return rows.amax(dim=0) if heads == "max" else rows.sum(dim=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringRule:
+    """Which attention rows score, and how heads are combined.
+
+    num_queries: last prompt tokens whose rows are averaged. heads: over all heads.
+    """
+
+    num_queries: int = 1
+    heads: HeadReduction = "mean"
+
+
+LAST_TOKEN = ScoringRule()
+"""What FastV, PDrop and Reroute use, and Nüwa on LLaVA."""
+
+
+def alike_on_all_ranks(scores: torch.Tensor, heads: HeadReduction) -> torch.Tensor:
+    """The sum or the maximum over the heads of all tensor-parallel ranks, the same on each.
+
+    scores: over this rank's heads.
+    """
+    tp_group = get_tp_group()
+    if tp_group.world_size == 1:
+        return scores
+    if heads == "max":
+        return tp_group.all_gather(scores.unsqueeze(0), dim=0).amax(dim=0)
+    # Ranks must choose alike: rank 0's sum decides, whatever the reduction's rounding.
+    return tp_group.broadcast(tp_group.all_reduce(scores), src=0)
+
+
 class LastTokenScorer:
     """Scores the visual tokens of a step's image prompts at one decision layer.
 
-    Works on the decision layer's own input: RMSNorm, q of the last prompt token, k of every
+    Works on the scoring layer's own input: RMSNorm, q of the last prompt token, k of every
     prompt token present, per-head norms where the model has them (Qwen3), rope, per-head softmax
-    over these keys, mean over all heads. One row per request; never a map over queries.
+    over these keys, mean over all heads. One row per request, or the few of another
+    `ScoringRule`; never a map over queries.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, rule: ScoringRule = LAST_TOKEN) -> None:
+        self.rule = rule
         self.norm = layer.input_layernorm
         self.attention = layer.self_attn
         self.num_heads = get_tp_group().world_size * self.attention.num_heads
@@ -63,18 +117,30 @@ class LastTokenScorer:
         stream: [rows, hidden], the residual stream at the layer's input. positions: [rows] or
         [3, rows]. The same on every tensor-parallel rank.
         """
-        queries = self._queries(stream[prompts.last], positions[..., prompts.last])
+        rule, scale = self.rule, self.attention.scaling
+        queries = self._queries_of(stream, positions, prompts)
         keys = self._keys(stream[prompts.rows], positions[..., prompts.rows])
         scores = stream.new_zeros(len(prompts.lens), prompts.width, dtype=torch.float32)
         for i, prompt_keys in enumerate(keys.split(prompts.lens)):
-            scores[i, : prompts.lens[i]] = last_prompt_row(
-                queries[i], prompt_keys, self.attention.scaling
-            )
-        tp_group = get_tp_group()
-        if tp_group.world_size > 1:
-            # Ranks must choose alike: rank 0's sum decides, whatever the reduction's rounding.
-            scores = tp_group.broadcast(tp_group.all_reduce(scores), src=0)
-        return scores / self.num_heads
+            if rule == LAST_TOKEN:
+                row = last_prompt_row(queries[i][0], prompt_keys, scale)
+            else:
+                row = last_prompt_rows(queries[i], prompt_keys, scale, rule.heads)
+            scores[i, : prompts.lens[i]] = row
+        scores = alike_on_all_ranks(scores, rule.heads)
+        return scores / self.num_heads if rule.heads == "mean" else scores
+
+    def _queries_of(
+        self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
+    ) -> tuple[torch.Tensor, ...]:
+        """Per request [n, heads, dim] of its last n prompt tokens, fewer for a shorter prompt."""
+        counts = [min(self.rule.num_queries, n) for n in prompts.lens]
+        rows = prompts.last
+        if self.rule.num_queries > 1:
+            back = np.concatenate([np.arange(n)[::-1] for n in counts]).astype(np.int64)
+            request = np.repeat(np.arange(len(counts)), counts)
+            rows = rows[to_device(request, rows.device)] - to_device(back, rows.device)
+        return self._queries(stream[rows], positions[..., rows]).split(counts)
 
     def _queries(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         attention = self.attention

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    from vllm_reroute.config import RoutingSchedule
+
 _STATE_ATTRIBUTE = "reroute_routing"
 
 
@@ -28,11 +30,11 @@ def set_step_plan(runner: GPUModelRunner, num_scheduled_tokens: dict[str, int] |
     step = decoder.routing_step
     step.plan = None
     if num_scheduled_tokens is not None:
-        step.plan = plan_v1_step(runner, num_scheduled_tokens, decoder.schedule.ratios)
+        step.plan = plan_v1_step(runner, num_scheduled_tokens, decoder.schedule)
 
 
 def plan_v1_step(
-    runner: GPUModelRunner, num_scheduled_tokens: dict[str, int], ratios: tuple[float, ...]
+    runner: GPUModelRunner, num_scheduled_tokens: dict[str, int], schedule: RoutingSchedule
 ) -> StepPlan:
     """Plan from the runner's input batch, in its request order."""
     batch = runner.input_batch
@@ -40,17 +42,19 @@ def plan_v1_step(
     return plan_step(
         num_computed=batch.num_computed_tokens_cpu[: batch.num_reqs].astype(np.int64),
         num_scheduled=np.array([num_scheduled_tokens[r] for r in req_ids], dtype=np.int64),
-        routings=[_routing(runner.requests[r], ratios) for r in req_ids],
-        ratios=ratios,
+        routings=[_routing(runner.requests[r], schedule) for r in req_ids],
+        ratios=schedule.ratios,
     )
 
 
-def _routing(state: CachedRequestState, ratios: tuple[float, ...]) -> RequestRouting | None:
+def _routing(state: CachedRequestState, schedule: RoutingSchedule) -> RequestRouting | None:
     if not state.mm_features:
         return None
     # Kept on the runner's own state, so that it lives exactly as long as the request.
     if not hasattr(state, _STATE_ATTRIBUTE):
         spans = VisualSpans.of(state.mm_features)
-        routing = RequestRouting.of(spans, state.num_prompt_tokens, ratios)
+        routing = RequestRouting.of(
+            spans, state.num_prompt_tokens, schedule.ratios, schedule.encoder_ratio
+        )
         setattr(state, _STATE_ATTRIBUTE, routing)
     return getattr(state, _STATE_ATTRIBUTE)

@@ -20,7 +20,7 @@ class RoutedModelState(DefaultModelState):
         super().__init__(*args, **kwargs)
         decoder = self.model.routed_decoder
         self.routing_step = decoder.routing_step
-        self.ratios = decoder.schedule.ratios
+        self.schedule = decoder.schedule
         self.routings: dict[str, RequestRouting | None] = {}
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
@@ -28,7 +28,9 @@ class RoutedModelState(DefaultModelState):
         # The prompt alone: after a preemption the prefill also holds generated tokens.
         num_prompt = len(new_req_data.prompt_token_ids or ())
         spans = VisualSpans.of(new_req_data.mm_features)
-        self.routings[new_req_data.req_id] = RequestRouting.of(spans, num_prompt, self.ratios)
+        self.routings[new_req_data.req_id] = RequestRouting.of(
+            spans, num_prompt, self.schedule.ratios, self.schedule.encoder_ratio
+        )
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)
@@ -44,6 +46,6 @@ class RoutedModelState(DefaultModelState):
                 num_computed=input_batch.num_computed_tokens_np[:num_reqs].astype(np.int64),
                 num_scheduled=input_batch.num_scheduled_tokens[:num_reqs].astype(np.int64),
                 routings=[self.routings.get(r) for r in input_batch.req_ids[:num_reqs]],
-                ratios=self.ratios,
+                ratios=self.schedule.ratios,
             )
         return super().prepare_attn(input_batch, *args, for_capture=for_capture, **kwargs)

@@ -1,0 +1,89 @@
+"""What Nüwa adds to a routed model class: the vision encoder takes the first decision."""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.sequence import IntermediateTensors
+
+from vllm_reroute.config import RoutingSchedule
+from vllm_reroute.config.budget import num_kept
+from vllm_reroute.nuwa.aggregation import Aggregation, collect
+from vllm_reroute.nuwa.anchors import select_anchors
+from vllm_reroute.nuwa.grid import Grid
+
+
+class Nuwa:
+    """Mixin in front of a routed class whose vision encoder finds anchors.
+
+    The encoder's rows are one column wider than embeddings: 1 for anchors, 0 for other patches.
+    So what it decided goes wherever the embeddings go, vLLM's encoder cache and batches included,
+    until they are merged with the text: there the column is split off and kept until `forward`.
+
+    aggregation: the family's numbers.
+    """
+
+    aggregation: Aggregation
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        encoder_ratio = RoutingSchedule.of(vllm_config).encoder_ratio
+        assert encoder_ratio is not None, "the schedule starts with the encoder's decision"
+        self.encoder_ratio = encoder_ratio
+        self._anchor_scores: torch.Tensor | None = None
+
+    def decide(
+        self, states: torch.Tensor, features: torch.Tensor, salience: torch.Tensor, grid: Grid
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Anchors of one image, and the states with what collectors took in.
+
+        states: [patches, hidden]; features: [patches, dim]; salience: [patches], fp32.
+        Returns states like those given and bool [patches].
+        """
+        num_anchors = num_kept(grid.num_cells, self.encoder_ratio)
+        anchors = select_anchors(salience, grid, num_anchors)
+        states = collect(states, features, salience, anchors, grid, self.aggregation)
+        is_anchor = torch.zeros(grid.num_cells, dtype=torch.bool, device=anchors.device)
+        return states, is_anchor.index_fill_(0, anchors, True)
+
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: MultiModalEmbeddings | None = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        self._anchor_scores = None
+        if multimodal_embeddings is not None and len(multimodal_embeddings):
+            columns = torch.cat([rows[:, -1] for rows in multimodal_embeddings])
+            scores = columns.new_zeros(len(input_ids), dtype=torch.float32)
+            scores[is_multimodal] = columns.float()
+            self._anchor_scores = scores
+            multimodal_embeddings = [rows[:, :-1] for rows in multimodal_embeddings]
+        return super().embed_input_ids(
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+        )
+
+    def encoder_scores(self, num_tokens: int) -> torch.Tensor | None:
+        return self._anchor_scores
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        output = super().forward(
+            input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
+        )
+        self._anchor_scores = None
+        return output
+
+
+def with_anchor_column(embeddings: torch.Tensor, is_anchor: torch.Tensor) -> torch.Tensor:
+    """[..., hidden] and bool [...] as the encoder's rows, [..., hidden + 1]."""
+    column = is_anchor.unsqueeze(-1).to(embeddings.dtype)
+    return torch.cat((embeddings, column), dim=-1)
