@@ -21,7 +21,7 @@ GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # Nothing here talks to a model hub, and nothing reports usage.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
-.PHONY: help setup demo test serve lint
+.PHONY: help setup demo quality test serve lint
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -31,6 +31,9 @@ setup: $(READY) ## create .venv with vLLM and this package
 
 demo: $(READY) ## ask a routed and a dense server about a photo, compare KV memory and time to first token
 	@$(OFFLINE) $(BIN)/python -m benchmarks.demo $(ARGS)
+
+quality: $(READY) ## ask dense, routed and downsampled servers the same questions, compare (ARGS="--quick" for a trial)
+	@$(OFFLINE) $(BIN)/python -m benchmarks.quality $(ARGS)
 
 test: $(READY) ## run the tests (ARGS="-k name" for some of them)
 	@$(OFFLINE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(ARGS)

@@ -30,8 +30,11 @@ setup(
             # Ships the photographs that the demo and the tests ask about.
             "scikit-image>=0.24",
             "matplotlib>=3.9",
+            "tqdm>=4.66",
             "ruff>=0.12",
         ],
+        # For an environment of its own: benchmarks/quality/README.md.
+        "lmms": ["lmms-eval==0.7.3"],
     },
     entry_points={
         "vllm.general_plugins": ["reroute = vllm_reroute.plugin:register"],

@@ -1,0 +1,1 @@
+"""Quality: the same questions asked of dense, routed and downsampled servers, scored and compared."""

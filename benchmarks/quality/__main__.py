@@ -1,0 +1,161 @@
+"""`make quality`: how well dense, routed and downsampled servers answer the same questions, at matched budgets.
+
+Every configuration is a real `vllm serve` on loopback, asked over HTTP. Results go to a folder as JSON, Markdown and
+plots. A run that was cut off goes on where it stopped. With --base-url a server of your own is asked instead.
+
+    make quality ARGS="--quick"
+    make quality ARGS="--only dense 'fastv remove' 'fastv reroute' --budgets 33 11"
+    make quality ARGS="--base-url http://127.0.0.1:8000/v1 --model llava-1.5 --label 'llava-1.5 pdrop 64'"
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.grounding.questions import questions
+from benchmarks.quality import report
+from benchmarks.quality.asking import Endpoint, prompts_of
+from benchmarks.quality.methods import METHODS, configurations
+from benchmarks.quality.model_shape import DEFAULT_MODEL, ModelShape, fingerprint
+from benchmarks.quality.results import results, rows_in
+from benchmarks.quality.run import SPLIT, run, run_own_server
+from benchmarks.quality.serving import Serving
+
+OUT = Path(__file__).resolve().parents[2] / ".local" / "quality"
+QUESTIONS, QUICK_QUESTIONS = 1000, 36
+BUDGETS = (33, 22, 11, 5)
+
+
+def main() -> None:
+    args = parse_arguments()
+    # Unwinds, so that the server is stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        complete = measure(args)
+    except KeyboardInterrupt:
+        sys.exit("\nStopped; no server is left running. The same command goes on from here.")
+    except (ValueError, OSError) as error:
+        sys.exit(f"quality: {error}")
+    if not complete:
+        sys.exit("quality: incomplete, see the report. The same command asks what is missing.")
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """words: the command line's, unless given."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        help="LLaVA-1.5-format folder (default: the grounding model); with --base-url, the name served there",
+    )
+    parser.add_argument("--questions", type=int, help=f"how many (default: {QUESTIONS})")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"a trial with {QUICK_QUESTIONS} questions"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="METHOD",
+        default=list(METHODS),
+        help=f"of: {', '.join(METHODS)} (default: all)",
+    )
+    parser.add_argument(
+        "--budgets", nargs="+", type=float, default=BUDGETS, metavar="PERCENT",
+        help="average visual tokens per decoder layer, in percent of the image's (default: 33 22 11 5)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=OUT,
+        help="folder of outcomes and report (default: .local/quality)",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget the outcomes that are in --out"
+    )
+    parser.add_argument(
+        "--concurrency", type=int, default=32, help="requests under way at once (default: 32)"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", help="of the servers started here (default: float32)"
+    )
+    parser.add_argument(
+        "--start-limit", type=float, default=600, help="seconds a server may take to start"
+    )
+    own = parser.add_argument_group("a server of your own, asked instead of starting any")
+    own.add_argument(
+        "--base-url",
+        help="its OpenAI endpoint, such as http://127.0.0.1:8000/v1; OPENAI_API_KEY is sent",
+    )
+    own.add_argument("--label", help="its name in the report")
+    own.add_argument(
+        "--visual-tokens",
+        type=float,
+        metavar="AVG",
+        help="its average per decoder layer, to be in the plot",
+    )
+    args = parser.parse_args(words)
+    if args.questions is None:
+        args.questions = QUICK_QUESTIONS if args.quick else QUESTIONS
+    for name in ("questions", "concurrency"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} must be 1 or more.")
+    if args.base_url is None:
+        for name in ("label", "visual_tokens"):
+            if getattr(args, name) is not None:
+                parser.error(
+                    f"--{name.replace('_', '-')} is for a server of your own. Add --base-url."
+                )
+    elif args.model is None or args.label is None:
+        parser.error(
+            "--base-url needs --model, the name served there, and --label, its name in the report."
+        )
+    return args
+
+
+def measure(args: argparse.Namespace) -> bool:
+    """Asks, writes the report, and says whether everything wanted has an answer."""
+    outcomes = args.out / "outcomes"
+    if args.fresh:
+        for path in outcomes.glob("*.jsonl"):
+            path.unlink()
+    if args.base_url:
+        plan = None
+    else:
+        model = Path(args.model) if args.model else DEFAULT_MODEL
+        shape = ModelShape.of(model)
+        plan = configurations(args.only, [percent / 100 for percent in args.budgets], shape)
+    prompts = prompts_of(questions(SPLIT, args.questions))
+    not_run = {}
+    if plan is None:
+        endpoint = Endpoint(
+            url=args.base_url, model=args.model, api_key=os.environ.get("OPENAI_API_KEY", "none")
+        )
+        run_own_server(
+            endpoint, args.label, args.visual_tokens, prompts, args.concurrency, outcomes
+        )
+    else:
+        serving = Serving(
+            model=model,
+            shape=shape,
+            folder=args.out,
+            dtype=args.dtype,
+            concurrency=args.concurrency,
+            start_limit_s=args.start_limit,
+        )
+        not_run = run(plan, prompts, serving, fingerprint(model), outcomes)
+    digests = [prompt.digest for prompt in prompts]
+    found = results(rows_in(outcomes, digests), digests, not_run)
+    paths = report.write(found, args.out)
+    print((args.out / report.MARKDOWN_NAME).read_text(encoding="utf-8"))
+    print("Written: " + ", ".join(str(path) for path in paths), file=sys.stderr)
+    return found["complete"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""The table of methods, and the configurations that measure them at wanted budgets.
+
+A budget is a share of the image's visual tokens, averaged over decoder layers. What is compared is the
+average a configuration really has, which the schedule's arithmetic gives and the server confirms.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from benchmarks.quality.model_shape import ModelShape
+from vllm_reroute.config import RerouteOptions, RoutingSchedule
+from vllm_reroute.config.budget import (
+    REFERENCE_VISUAL_TOKENS,
+    average_visual_tokens,
+    solve_keep_ratios,
+)
+from vllm_reroute.config.schedules import (
+    SCHEDULES,
+    Action,
+    PublishedSchedule,
+    scale_decision_layers,
+)
+
+# Ratios are solved for an image of REFERENCE_VISUAL_TOKENS; rounding on this model's smaller image is made up for by
+# looking so many of its tokens around the wanted average, in steps of a fraction of one.
+TOKENS_AROUND = 2
+STEPS_PER_TOKEN = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """A schedule of `SCHEDULES` as one method uses it. flags: further flags of the server."""
+
+    schedule: str
+    action: Action
+    variant: str | None = None
+    flags: tuple[str, ...] = ()
+
+    @property
+    def published(self) -> PublishedSchedule:
+        return SCHEDULES[self.schedule][self.action]
+
+
+DENSE, DOWNSAMPLE = "dense", "downsample"
+# None: not routed.
+METHODS: dict[str, Routing | None] = {
+    DENSE: None,
+    "random": Routing(schedule="fastv", action="remove", flags=("--reroute-scorer", "random")),
+    DOWNSAMPLE: None,
+    "fastv remove": Routing(schedule="fastv", action="remove"),
+    "fastv reroute": Routing(schedule="fastv", action="reroute"),
+    "pdrop remove": Routing(schedule="pdrop", action="remove"),
+    "pdrop reroute": Routing(schedule="pdrop", action="reroute"),
+}
+if "nuwa" in SCHEDULES:
+    METHODS |= {
+        "nuwa remove": Routing(schedule="nuwa", action="remove"),
+        "nuwa reroute A": Routing(schedule="nuwa", action="reroute", variant="A"),
+        "nuwa reroute B": Routing(schedule="nuwa", action="reroute", variant="B"),
+    }
+
+# What is set against what, at the same budget: the difference first - second is reported.
+COMPARISONS: tuple[tuple[str, str], ...] = (
+    ("fastv reroute", "fastv remove"),
+    ("pdrop reroute", "pdrop remove"),
+    ("nuwa reroute A", "nuwa remove"),
+    ("nuwa reroute B", "nuwa remove"),
+    ("fastv remove", "random"),
+    ("fastv reroute", DOWNSAMPLE),
+    ("pdrop reroute", DOWNSAMPLE),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """One server to ask.
+
+    budget: wanted share of visual tokens, None for dense. average: visual tokens per decoder layer it has.
+    grid: side of the image's grid of visual tokens. decision_layers, kept: tokens per stage, first stage included.
+    note: how decision layers and counts came about. arguments: of the server, for routing.
+    """
+
+    method: str
+    budget: float | None
+    average: float
+    grid: int
+    decision_layers: tuple[int, ...] = ()
+    kept: tuple[int, ...]
+    note: str = ""
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Unique within a run, and fit to be a file's name."""
+        words = self.method.split() + ([] if self.budget is None else [f"{100 * self.budget:g}"])
+        return "-".join(words)
+
+    def as_row(self) -> dict:
+        """What is recorded of it, in JSON's types."""
+        row = asdict(self)
+        return row | {key: list(row[key]) for key in ("decision_layers", "kept", "arguments")}
+
+
+def configurations(
+    methods: Sequence[str], budgets: Sequence[float], shape: ModelShape
+) -> list[Configuration]:
+    """Those methods at those budgets (shares in (0, 1)); dense once."""
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise ValueError(f"--only {unknown[0]!r} is unknown. Choose of: {', '.join(METHODS)}.")
+    for budget in budgets:
+        if not 0 < budget < 1:
+            raise ValueError(
+                f"--budgets {100 * budget:g} must lie between 0 and 100: it is a percentage of the "
+                "image's visual tokens. Example: 33 22 11 5."
+            )
+    budgets = list(dict.fromkeys(budgets))
+    return [found for name in dict.fromkeys(methods) for found in _of_method(name, budgets, shape)]
+
+
+def _of_method(name: str, budgets: Sequence[float], shape: ModelShape) -> Iterator[Configuration]:
+    if name == DENSE:
+        yield _unrouted(DENSE, None, math.isqrt(shape.visual_tokens), "stock vLLM")
+        return
+    for budget in budgets:
+        if name == DOWNSAMPLE:
+            yield downsampled(budget, shape)
+        else:
+            yield routed(name, budget, shape)
+
+
+def _unrouted(name: str, budget: float | None, grid: int, note: str) -> Configuration:
+    return Configuration(
+        method=name, budget=budget, average=grid * grid, grid=grid, kept=(grid * grid,), note=note
+    )
+
+
+def downsampled(budget: float, shape: ModelShape) -> Configuration:
+    """The square grid whose number of tokens is nearest to the budget; stock vLLM serves it."""
+    wanted = budget * shape.visual_tokens
+    sides = range(1, math.isqrt(shape.visual_tokens) + 1)
+    grid = min(sides, key=lambda side: abs(side * side - wanted))
+    return _unrouted(DOWNSAMPLE, budget, grid, f"image resized to {grid} by {grid} patches")
+
+
+def routed(name: str, budget: float, shape: ModelShape) -> Configuration:
+    """A routed method at the reachable average nearest to the budget.
+
+    Decision layers are the published ones, scaled to the depth. If the dense layers before the first decision alone
+    exceed the budget, the first decision moves to layer 1; if one dense layer does, the lowest average is taken.
+    A schedule whose first decision is the vision encoder's has no dense layers.
+    """
+    routing, depth, visual = METHODS[name], shape.decoder_layers, shape.visual_tokens
+    published = routing.published
+    wanted = budget * visual
+    layers = scale_decision_layers(published.layers, depth)
+    if published.starts_in_encoder or _lowest(layers, depth, visual) <= wanted:
+        options, schedule = _nearest(_published_options(routing), max(1.0, wanted), shape)
+        note = "published decision layers, scaled"
+    else:
+        moved = scale_decision_layers((1, *published.layers[1:]), depth)
+        dense = f"{layers[0]} dense layer{'s' * (layers[0] > 1)} of {depth}"
+        if _lowest(moved, depth, visual) <= wanted:
+            options, schedule = _nearest(_moved_options(routing, moved, depth), wanted, shape)
+            note = f"first decision moved to layer 1: {dense} alone exceed {budget:.0%}"
+        else:
+            keep = (1.5 / visual,) * len(moved)
+            options = RerouteOptions(layers=moved, keep=keep, action=routing.action)
+            schedule = options.resolve(depth)
+            note = (
+                f"{budget:.0%} is not reachable: one dense layer of {depth} is {1 / depth:.1%}. Shown is the lowest "
+                "reachable average: decision at layer 1, one token per layer after it"
+            )
+    return Configuration(
+        method=name,
+        budget=budget,
+        average=schedule.average(visual),
+        grid=math.isqrt(visual),
+        decision_layers=schedule.layers,
+        kept=tuple(schedule.kept_per_stage(visual)),
+        note=note,
+        arguments=(*server_flags(options), *routing.flags),
+    )
+
+
+def _lowest(layers: Sequence[int], depth: int, visual: int) -> float:
+    """The lowest average with these decision layers: one token in every stage after a dense one."""
+    return average_visual_tokens(depth, layers, [0.0] * len(layers), visual)
+
+
+def _published_options(routing: Routing):
+    """average for the reference image -> options with the published decision layers."""
+    return lambda average: RerouteOptions(
+        schedule=routing.schedule, action=routing.action, variant=routing.variant, budget=average
+    )
+
+
+def _moved_options(routing: Routing, layers: tuple[int, ...], depth: int):
+    """average for the reference image -> options with these decision layers and the published shape."""
+    published = replace(routing.published, layers=layers)
+    return lambda average: RerouteOptions(
+        layers=layers,
+        keep=solve_keep_ratios(published, depth, layers, average),
+        action=routing.action,
+    )
+
+
+def _nearest(
+    options_for, wanted: float, shape: ModelShape
+) -> tuple[RerouteOptions, RoutingSchedule]:
+    """Of the options near the wanted average, those whose average on this model's image is nearest to it."""
+    per_token = REFERENCE_VISUAL_TOKENS / shape.visual_tokens
+    found = []
+    for step in range(-TOKENS_AROUND * STEPS_PER_TOKEN, TOKENS_AROUND * STEPS_PER_TOKEN + 1):
+        average = per_token * (wanted + step / STEPS_PER_TOKEN)
+        try:
+            options = options_for(average)
+            schedule = options.resolve(shape.decoder_layers)
+        except ValueError:  # Outside what these layers reach for the reference image.
+            continue
+        distance = abs(schedule.average(shape.visual_tokens) - wanted)
+        found.append((round(distance, 9), abs(step), options, schedule))
+    if not found:
+        raise ValueError(
+            f"No ratios average {wanted:.1f} of {shape.visual_tokens} visual tokens on "
+            f"{shape.decoder_layers} layers. Choose another of --budgets."
+        )
+    return min(found, key=lambda each: each[:2])[2:]
+
+
+def server_flags(options: RerouteOptions) -> list[str]:
+    """The options as `vllm serve` takes them."""
+    words = []
+    for name, value in options.to_mapping().items():
+        text = ",".join(map(repr, value)) if isinstance(value, tuple) else str(value)
+        words += [f"--reroute-{name}", text]
+    return words
