@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 
+RANKED_BY = {
+    "attention": "attention of the last prompt token",
+    "random": "chance (a baseline: the choice ignores image and question)",
+}
+
 
 def schedule_lines(schedule: RoutingSchedule, num_visual: int) -> list[str]:
     """The schedule and what it keeps of an image of `num_visual` tokens, a line each."""
@@ -30,6 +35,7 @@ def schedule_lines(schedule: RoutingSchedule, num_visual: int) -> list[str]:
             for decision in schedule.decisions
             if decision.scored_at is None
         ),
+        f"ranked by         {RANKED_BY[schedule.scorer]}",
         f"keep ratios       {', '.join(f'{r:g}' for r in schedule.keep)}",
         f"visual tokens     {schedule.average(num_visual):.1f} per layer on average, of {num_visual}",
         "",
@@ -79,7 +85,7 @@ def engine_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
     held = rows * row_bytes if schedule.reroutes else 0
     lines = [
         *schedule_lines(schedule, num_visual),
-        *_model_lines(model_config.hf_config, num_visual),
+        *model_lines(model_config.hf_config, num_visual),
         "",
         *footprint_lines(footprint),
         f"image requests that fit the KV pool at once: {usable // footprint.routed_blocks} routed, "
@@ -90,7 +96,7 @@ def engine_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
     return "visual-token routing\n" + "\n".join(f"  {line}".rstrip() for line in lines)
 
 
-def _model_lines(hf_config: PretrainedConfig, num_visual: int) -> list[str]:
+def model_lines(hf_config: PretrainedConfig, num_visual: int) -> list[str]:
     """What this model does differently from one with a fixed grid and plain layers."""
     lines = []
     if fixed_visual_tokens(hf_config) is None:

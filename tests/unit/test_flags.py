@@ -15,7 +15,7 @@ from vllm_reroute.command_line.flags import options_from_flags
 from vllm_reroute.config import CONFIG_KEY, RerouteOptions, RoutingSchedule, is_routed
 from vllm_reroute.plugin import register
 
-FLAGS = ["schedule", "action", "variant", "tier", "budget", "layers", "keep"]
+FLAGS = ["schedule", "action", "variant", "tier", "budget", "layers", "keep", "scorer"]
 SHORT, FULL = "llava-1.5", "llava-hf/llava-1.5-7b-hf"
 
 

@@ -70,7 +70,7 @@ def decoder(schedule: RoutingSchedule) -> RoutedDecoder:
 )
 def test_routed_step_reads_nothing_back(options: dict[str, Any]) -> None:
     schedule = RerouteOptions.from_mapping(options).resolve(DEPTH)
-    image = RequestRouting.of(SPANS, 20, schedule.ratios, schedule.encoder_ratio)
+    image = RequestRouting.of(SPANS, range(20), schedule.ratios, schedule.encoder_ratio)
     plan = plan_step(np.array([0, 7]), np.array([20, 1]), [image, None], schedule.ratios)
     with FakeTensorMode(allow_non_fake_inputs=True):
         tokens, positions = torch.randn(24, HIDDEN), torch.arange(24)

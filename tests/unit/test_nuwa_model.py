@@ -148,7 +148,7 @@ def test_the_first_decision_is_exactly_the_anchors(seed):
     spans = [VisualSpans((1, 12), (9, 21)), VisualSpans((3,), (20,))]
     prompts = [25, 30]
     routings = [
-        RequestRouting.of(span, prompt, (ratio, 0.1), ratio)
+        RequestRouting.of(span, range(prompt), (ratio, 0.1), ratio)
         for span, prompt in zip(spans, prompts, strict=True)
     ]
     step = plan_step(
@@ -207,7 +207,7 @@ def test_scheduler_and_worker_agree(sizes):
     assert spans.sizes == sizes
     schedule = RerouteOptions(schedule="nuwa", tier=128).resolve(8)
     routing = RequestRouting.of(
-        spans, request.num_prompt_tokens, schedule.ratios, schedule.encoder_ratio
+        spans, request.prompt_token_ids, schedule.ratios, schedule.encoder_ratio
     )
     for computed, scheduled in ((0, request.num_prompt_tokens), (request.num_prompt_tokens, 1)):
         step = plan_step(np.array([computed]), np.array([scheduled]), [routing], schedule.ratios)

@@ -185,7 +185,7 @@ ENCODER, LATER = 0.5, 0.1  # 10 + 3 anchors, 2 of 27 later
 
 
 def plan(computed, scheduled, spans=SPANS):
-    routing = RequestRouting.of(spans, PROMPT, (ENCODER, LATER), ENCODER)
+    routing = RequestRouting.of(spans, range(PROMPT), (ENCODER, LATER), ENCODER)
     computed, scheduled = np.array([computed]), np.array([scheduled])
     return plan_step(computed, scheduled, [routing], (ENCODER, LATER))
 

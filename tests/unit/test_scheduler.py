@@ -94,7 +94,7 @@ class Steps:
         before = np.array([r.num_computed_tokens for r in requests], dtype=np.int64) - now
         ratios = self.schedule.ratios
         routings = [
-            RequestRouting.of(visual_spans(r), r.num_prompt_tokens, ratios) for r in requests
+            RequestRouting.of(visual_spans(r), r.prompt_token_ids, ratios) for r in requests
         ]
         plan = plan_step(before, now, routings, ratios)
         for i, request in enumerate(requests):

@@ -29,7 +29,9 @@ class Step:
 
     def __init__(self, *batch):
         self.batch = batch
-        routings = [RequestRouting.of(spans, num_prompt, RATIOS) for spans, num_prompt, *_ in batch]
+        routings = [
+            RequestRouting.of(spans, range(num_prompt), RATIOS) for spans, num_prompt, *_ in batch
+        ]
         computed, scheduled = (np.array([r[i] for r in batch]) for i in (2, 3))
         self.plan = plan_step(computed, scheduled, routings, RATIOS)
         self.prompts = PromptRows.of(self.plan, None, CPU)

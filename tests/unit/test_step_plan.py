@@ -22,7 +22,7 @@ NO_TEXT_BEFORE = VisualSpans((0,), (20,))
 def plan(*batch):
     """batch: (spans or None, computed, scheduled) per request, all with prompts of 30 tokens."""
     spans, computed, scheduled = zip(*batch, strict=True)
-    routings = [RequestRouting.of(s, PROMPT, RATIOS) for s in spans]
+    routings = [RequestRouting.of(s, range(PROMPT), RATIOS) for s in spans]
     return plan_step(np.array(computed), np.array(scheduled), routings, RATIOS)
 
 
@@ -163,7 +163,9 @@ def test_scheduler_and_worker_always_agree(seed):
         ratios = schedule.ratios
         batch = [random_request(rng) for _ in range(rng.randint(1, 12))]
         computed, scheduled = (np.array([r[i] for r in batch]) for i in (2, 3))
-        routings = [RequestRouting.of(spans, num_prompt, ratios) for spans, num_prompt, *_ in batch]
+        routings = [
+            RequestRouting.of(spans, range(num_prompt), ratios) for spans, num_prompt, *_ in batch
+        ]
         step = plan_step(computed, scheduled, routings, ratios)
         for g, ratio in enumerate(ratios):
             of_ratio = step.lengths[ratio]

@@ -7,11 +7,12 @@ from typing import Any
 
 from vllm_reroute.config.options import (
     DEFAULT_ACTION,
+    DEFAULT_SCORER,
     DEFAULT_TIER,
     DEFAULT_VARIANT,
     NO_SCHEDULE,
 )
-from vllm_reroute.config.schedules import ACTIONS, SCHEDULES, TIERS, VARIANTS
+from vllm_reroute.config.schedules import ACTIONS, SCHEDULES, SCORERS, TIERS, VARIANTS
 
 GROUP_TITLE = "Reroute"
 _PREFIX = "reroute_"
@@ -75,6 +76,13 @@ def add_reroute_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         default=argparse.SUPPRESS,
         help="With --reroute-layers: share of the image's visual tokens each stage keeps, e.g. "
         ".45,.45,.225,.1126.",
+    )
+    group.add_argument(
+        "--reroute-scorer",
+        choices=SCORERS,
+        default=argparse.SUPPRESS,
+        help="What ranks visual tokens: the last prompt token's attention, or chance, as a baseline "
+        f"for quality comparisons. Default: {DEFAULT_SCORER}.",
     )
     return parser
 

@@ -71,7 +71,7 @@ def _plan(args: argparse.Namespace) -> list[str]:
     from vllm_reroute.models.architectures import RoutedArchitecture
     from vllm_reroute.models.deepstack import first_decision_layer
     from vllm_reroute.models.visual_tokens import visual_tokens_per_image
-    from vllm_reroute.report import footprint_lines, schedule_lines
+    from vllm_reroute.report import footprint_lines, model_lines, schedule_lines
 
     options = RerouteOptions.from_mapping(options_from_flags(args))
     if not options.active:
@@ -96,6 +96,7 @@ def _plan(args: argparse.Namespace) -> list[str]:
     return [
         f"model             {model}",
         *schedule_lines(schedule, num_visual),
+        *model_lines(config, num_visual),
         "",
         *footprint_lines(footprint),
         "  (16-bit K/V, one device)",

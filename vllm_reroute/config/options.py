@@ -12,6 +12,7 @@ from vllm_reroute.config.routing_schedule import RoutingSchedule
 from vllm_reroute.config.schedules import (
     ACTIONS,
     SCHEDULES,
+    SCORERS,
     TIERS,
     VARIANTS,
     PublishedSchedule,
@@ -22,6 +23,7 @@ NO_SCHEDULE = "none"
 DEFAULT_ACTION = "reroute"
 DEFAULT_TIER = 192
 DEFAULT_VARIANT = "A"
+DEFAULT_SCORER = "attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class RerouteOptions:
     schedule: a name of `SCHEDULES` or `none`. action: a name of `ACTIONS`. variant: one of
     `VARIANTS`, for `nuwa` with action `reroute`. tier: one of `TIERS`.
     budget: wanted average of visual tokens per layer for a 576-token image.
-    layers, keep: decision layers and keep ratios, instead of a schedule.
+    layers, keep: decision layers and keep ratios, instead of a schedule. scorer: one of `SCORERS`.
     """
 
     schedule: str | None = None
@@ -41,12 +43,14 @@ class RerouteOptions:
     budget: float | None = None
     layers: tuple[int, ...] | None = None
     keep: tuple[float, ...] | None = None
+    scorer: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("schedule", self.schedule, [*SCHEDULES, NO_SCHEDULE])
         _check_choice("action", self.action, ACTIONS)
         _check_choice("variant", self.variant, VARIANTS)
         _check_choice("tier", self.tier, TIERS)
+        _check_choice("scorer", self.scorer, SCORERS)
         self._check_combination()
         if self.layers is not None and self.keep is not None:
             _check_custom(self.layers, self.keep)
@@ -113,6 +117,7 @@ class RerouteOptions:
             layers=tuple(layers),
             keep=tuple(keep),
             variant=(self.variant or DEFAULT_VARIANT) if has_variants else None,
+            scorer=self.scorer or DEFAULT_SCORER,
         )
 
     def _keep_ratios(
@@ -145,7 +150,14 @@ class RerouteOptions:
                     "--reroute-keep, which say everything. Drop one or the other."
                 )
         self._check_variant()
-        extras = [n for n in ("action", "tier", "budget") if getattr(self, n) is not None]
+        if self.scorer not in (None, DEFAULT_SCORER) and self.starts_in_encoder:
+            raise ValueError(
+                f"--reroute-scorer {self.scorer} cannot be combined with --reroute-schedule "
+                f"{self.schedule}, whose first choice is the vision encoder's. Allowed: "
+                f"{DEFAULT_SCORER}. For a random baseline of the same average take another "
+                "schedule with --reroute-budget."
+            )
+        extras = [n for n in ("action", "tier", "budget", "scorer") if getattr(self, n) is not None]
         if extras and not self.active:
             raise ValueError(
                 f"--reroute-{extras[0]} {getattr(self, extras[0])} needs a schedule. Add "

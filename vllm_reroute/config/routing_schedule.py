@@ -12,7 +12,7 @@ from vllm_reroute.config.budget import (
     average_visual_tokens,
     num_kept_of_images,
 )
-from vllm_reroute.config.schedules import Action, Variant
+from vllm_reroute.config.schedules import Action, Scorer, Variant
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -63,6 +63,7 @@ class RoutingSchedule:
     encoder's: there is no dense stage then.
     keep: one ratio per decision layer; for `remove` never rising, since nothing comes back.
     variant: of a `reroute` schedule whose first decision is the vision encoder's; None otherwise.
+    scorer: what ranks visual tokens in the decoder.
     """
 
     name: str
@@ -71,6 +72,7 @@ class RoutingSchedule:
     layers: tuple[int, ...]
     keep: tuple[float, ...]
     variant: Variant | None = None
+    scorer: Scorer = "attention"
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -162,6 +164,7 @@ class RoutingSchedule:
             "layers": list(self.layers),
             "keep": list(self.keep),
             "variant": self.variant,
+            "scorer": self.scorer,
         }
 
     @classmethod
@@ -172,7 +175,8 @@ class RoutingSchedule:
             num_layers=fields["num_layers"],
             layers=tuple(fields["layers"]),
             keep=tuple(fields["keep"]),
-            variant=fields.get("variant"),
+            variant=fields["variant"],
+            scorer=fields["scorer"],
         )
 
     @classmethod

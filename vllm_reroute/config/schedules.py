@@ -25,6 +25,12 @@ VARIANTS: tuple[Variant, ...] = ("A", "B")
 """What `nuwa` with `reroute` does with tokens the vision encoder rejects: gone (A), or deferred
 like any other (B)."""
 
+Scorer = Literal["attention", "random"]
+
+SCORERS: tuple[Scorer, ...] = ("attention", "random")
+"""How visual tokens are ranked: by the last prompt token's attention, or at random, the baseline
+any ranking has to beat."""
+
 PUBLISHED_DEPTH = 32
 """Decoder depth the published decision layers are written for (LLaVA-1.5-7B)."""
 

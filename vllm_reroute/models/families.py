@@ -35,7 +35,7 @@ FAMILIES = (
             "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
             "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
         },
-        tested="images; Llama, Mistral and Qwen2 decoders; image embeddings; int8 weights",
+        tested="images; Llama, Mistral and Qwen2 decoders; image embeddings; int8 weights; nuwa",
         fixed_grid=True,
         nuwa_class="vllm_reroute.models.llava_nuwa:RerouteNuwaLlavaForConditionalGeneration",
     ),
@@ -89,7 +89,7 @@ FAMILIES = (
             "qwen2.5-vl-32b": "Qwen/Qwen2.5-VL-32B-Instruct",
             "qwen2.5-vl-72b": "Qwen/Qwen2.5-VL-72B-Instruct",
         },
-        tested="images of several sizes, videos; M-RoPE; image embeddings",
+        tested="images of several sizes, videos; M-RoPE; image embeddings; nuwa",
         nuwa_class=(
             "vllm_reroute.models.qwen2_5_vl_nuwa:RerouteNuwaQwen2_5_VLForConditionalGeneration"
         ),

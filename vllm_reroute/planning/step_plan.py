@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,19 +17,19 @@ from vllm_reroute.planning.visual_spans import VisualSpans
 class RequestRouting:
     """What stays the same for one image request over its whole life.
 
-    spans: its visual tokens. num_prompt: prompt tokens; the last one scores.
+    spans: its visual tokens. prompt: its token ids; the last one scores.
     deferred: [ratios] int64, visual tokens NOT kept, in the order of the schedule's ratios.
     """
 
     spans: VisualSpans
-    num_prompt: int
+    prompt: Sequence[int]
     deferred: np.ndarray
 
     @classmethod
     def of(
         cls,
         spans: VisualSpans | None,
-        num_prompt: int,
+        prompt: Sequence[int],
         ratios: Sequence[float],
         encoder_ratio: float | None = None,
     ) -> RequestRouting | None:
@@ -39,7 +40,17 @@ class RequestRouting:
         if spans is None:
             return None
         kept = [num_kept_of_images(spans.sizes, ratio, encoder_ratio) for ratio in ratios]
-        return cls(spans, num_prompt, spans.num_visual - np.array(kept, dtype=np.int64))
+        return cls(spans, prompt, spans.num_visual - np.array(kept, dtype=np.int64))
+
+    @property
+    def num_prompt(self) -> int:
+        """Prompt tokens, placeholders included."""
+        return len(self.prompt)
+
+    @cached_property
+    def seed(self) -> int:
+        """A number that depends on the prompt alone, so that chance falls the same way again."""
+        return zlib.crc32(np.asarray(self.prompt, dtype=np.int64).tobytes())
 
     def num_kept(self, ratio_index: int) -> int:
         """Visual tokens that run in stages of the ratio at `ratio_index`."""

@@ -17,6 +17,7 @@ from vllm_reroute.config import RoutingSchedule
 from vllm_reroute.planning.step_plan import StepPlan
 from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
 from vllm_reroute.routing.prompt_rows import PromptRows, prompt_scores, visual_mask
+from vllm_reroute.routing.random_scorer import RandomScorer
 from vllm_reroute.routing.scoring import LAST_TOKEN, LastTokenScorer, ScoringRule
 from vllm_reroute.routing.selection import select_rows
 from vllm_reroute.routing.stage import build_stage
@@ -70,7 +71,9 @@ class RoutedDecoder(nn.Module):
             for piece in self.schedule.pieces
         )
         self._scorers = {
-            decision.scored_at: LastTokenScorer(layers[decision.scored_at], scoring)
+            decision.scored_at: RandomScorer(decision.scored_at)
+            if self.schedule.scorer == "random"
+            else LastTokenScorer(layers[decision.scored_at], scoring)
             for decision in self.schedule.decisions
             if decision.scored_at is not None
         }

@@ -17,7 +17,7 @@ class PromptRows:
     rows: [P] int64, the layout's rows of all prompt tokens, request by request.
     slots: [P] int64, the same tokens in a padded [requests, width] table, flattened.
     last: [requests] int64, the layout's row of each last prompt token, which scores.
-    lens: prompt tokens present per request. num_rows: rows of the layout.
+    lens: prompt tokens present per request. num_rows: rows of the layout. seeds: per request.
     """
 
     rows: torch.Tensor
@@ -25,6 +25,7 @@ class PromptRows:
     last: torch.Tensor
     lens: tuple[int, ...]
     num_rows: int
+    seeds: tuple[int, ...]
 
     @property
     def width(self) -> int:
@@ -55,6 +56,7 @@ class PromptRows:
             last=tensor[2 * total :],
             lens=lens,
             num_rows=lengths.num_tokens,
+            seeds=tuple(p.routing.seed for p in plan.prefills),
         )
 
 

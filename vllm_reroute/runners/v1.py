@@ -54,7 +54,7 @@ def _routing(state: CachedRequestState, schedule: RoutingSchedule) -> RequestRou
     if not hasattr(state, _STATE_ATTRIBUTE):
         spans = VisualSpans.of(state.mm_features)
         routing = RequestRouting.of(
-            spans, state.num_prompt_tokens, schedule.ratios, schedule.encoder_ratio
+            spans, state.prompt_token_ids, schedule.ratios, schedule.encoder_ratio
         )
         setattr(state, _STATE_ATTRIBUTE, routing)
     return getattr(state, _STATE_ATTRIBUTE)

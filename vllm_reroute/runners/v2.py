@@ -26,10 +26,10 @@ class RoutedModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         # The prompt alone: after a preemption the prefill also holds generated tokens.
-        num_prompt = len(new_req_data.prompt_token_ids or ())
+        prompt = new_req_data.prompt_token_ids or ()
         spans = VisualSpans.of(new_req_data.mm_features)
         self.routings[new_req_data.req_id] = RequestRouting.of(
-            spans, num_prompt, self.schedule.ratios, self.schedule.encoder_ratio
+            spans, prompt, self.schedule.ratios, self.schedule.encoder_ratio
         )
 
     def remove_request(self, req_id: str) -> None:

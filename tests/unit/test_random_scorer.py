@@ -1,0 +1,63 @@
+"""The random baseline: the same choice whenever a request comes back, another one for another."""
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_reroute.config import RerouteOptions
+from vllm_reroute.planning.step_plan import RequestRouting, plan_step
+from vllm_reroute.planning.visual_spans import VisualSpans
+from vllm_reroute.routing.prompt_rows import PromptRows
+from vllm_reroute.routing.random_scorer import RandomScorer
+
+RATIO = 0.25
+SPANS = VisualSpans((3,), (103,))
+PROMPTS = [list(range(110)), [7] * 130, list(range(1, 111))]
+
+
+def scores(prompts, layer=4, generated=0):
+    """Scores of a step in which the prompts are prefilled, `generated` tokens after each."""
+    routings = [RequestRouting.of(SPANS, prompt, (1.0, RATIO)) for prompt in prompts]
+    scheduled = np.array([len(prompt) + generated for prompt in prompts])
+    plan = plan_step(np.zeros_like(scheduled), scheduled, routings, (1.0, RATIO))
+    rows = PromptRows.of(plan, None, torch.device("cpu"))
+    stream = torch.zeros(rows.num_rows, 8)
+    table = RandomScorer(layer).score(stream, torch.arange(rows.num_rows), rows)
+    assert table.dtype == torch.float32 and table.shape == (len(prompts), rows.width)
+    return [row[: len(prompt)] for row, prompt in zip(table, prompts, strict=True)]
+
+
+@pytest.mark.parametrize("generated", [0, 17], ids=["first", "resumed"])
+def test_a_request_has_its_own_scores_in_any_batch(generated):
+    together = scores(PROMPTS, generated=generated)
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        assert torch.equal(row, scores([prompt])[0])
+
+
+def test_requests_and_layers_differ():
+    first, _, other = scores(PROMPTS)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, scores(PROMPTS, layer=5)[0])
+
+
+def test_every_token_has_the_same_chance():
+    """Over many requests the share that keeps a place is near the ratio."""
+    prompts = [[n] * 110 for n in range(2000)]
+    top = torch.stack([row[3:103] for row in scores(prompts)]).topk(25, dim=1).indices
+    shares = torch.bincount(top.flatten(), minlength=100) / len(prompts)
+    # Five standard deviations of a share.
+    assert (shares - RATIO).abs().max() < 5 * (RATIO * (1 - RATIO) / len(prompts)) ** 0.5
+
+
+def test_options():
+    schedule = RerouteOptions(schedule="fastv", scorer="random").resolve(32)
+    assert schedule.scorer == "random"
+    assert type(schedule).from_dict(schedule.to_dict()) == schedule
+    assert RerouteOptions(schedule="fastv").resolve(32).scorer == "attention"
+    assert RerouteOptions(layers=(2,), keep=(0.5,), scorer="random").resolve(8).scorer == "random"
+    with pytest.raises(ValueError, match="--reroute-scorer 'best' is unknown"):
+        RerouteOptions(schedule="fastv", scorer="best")
+    with pytest.raises(ValueError, match="--reroute-scorer random needs a schedule"):
+        RerouteOptions(scorer="random")
+    with pytest.raises(ValueError, match="--reroute-scorer random cannot be combined with"):
+        RerouteOptions(schedule="nuwa", scorer="random")

@@ -1,0 +1,31 @@
+"""Visual tokens ranked by chance: the baseline of quality comparisons."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vllm_reroute.routing.prompt_rows import PromptRows, to_device
+
+
+class RandomScorer:
+    """Stands in for `LastTokenScorer`.
+
+    A request's scores depend on its prompt and the layer alone, so batches, preemptions and
+    tensor-parallel ranks choose alike.
+    """
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
+    def take_key_weights(self) -> None:
+        """Nothing is read from the model."""
+
+    def score(
+        self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
+    ) -> torch.Tensor:
+        """Uniform scores of all prompt tokens, fp32 [requests, width]; 0 past a prompt's end."""
+        scores = np.zeros((len(prompts.lens), prompts.width), dtype=np.float32)
+        for row, length, seed in zip(scores, prompts.lens, prompts.seeds, strict=True):
+            row[:length] = np.random.default_rng([seed, self.layer]).random(length)
+        return to_device(scores, stream.device)
