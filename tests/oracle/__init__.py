@@ -3,6 +3,7 @@
 Imports neither vllm nor the package under test, so the two can only agree by being right.
 """
 
+from .nuwa import NuwaOracle, NuwaResult
 from .routed import OracleResult, RoutedOracle
 
-__all__ = ["OracleResult", "RoutedOracle"]
+__all__ = ["NuwaOracle", "NuwaResult", "OracleResult", "RoutedOracle"]

@@ -5,7 +5,7 @@ from the others by the attention mask and gets its layer's input back as output.
 off transformers' eager attention map.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,17 @@ def masked_forward(
     action: str,
     layers: Sequence[int],
     keep: Sequence[float],
+    visual_embeddings: Tensor | None = None,
+    anchors: list[int] | None = None,
+    rejects_return: bool = False,
+    previous_layer: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, list[list[int]]]:
     """One forward over prompt and generated tokens but the last; the model counts positions itself.
+
+    visual_embeddings: in place of the model's own, [visual tokens, hidden]. anchors: the only visual
+    tokens that run from the first layer on, and, unless rejects_return, the only candidates ever.
+    previous_layer: decisions go by the attention map of the layer before, as this makes scores of it;
+    given [heads, prompt, visual tokens], it returns [visual tokens].
 
     Returns the log-probabilities that predict `generated`, [generated, vocab], and per decision
     layer the kept visual tokens, ascending.
@@ -32,7 +41,11 @@ def masked_forward(
     placeholders = [model.config.image_token_id, getattr(model.config, "video_token_id", -1)]
     visual = torch.isin(tokens[0, :num_prompt], torch.tensor(placeholders)).nonzero().flatten()
     ratios = dict(zip(layers, keep, strict=True))
-    alive = torch.ones(len(visual), dtype=torch.bool)
+    at_first = torch.full((len(visual),), anchors is None)
+    at_first[anchors or []] = True
+    alive = at_first.clone()
+    may_return = torch.ones_like(alive) if rejects_return else at_first
+    last_map: list[Tensor] = []
     selected: list[list[int]] = []
 
     def mask_showing(shown: Tensor) -> Tensor:
@@ -44,13 +57,16 @@ def masked_forward(
         return torch.zeros(blocked.shape).masked_fill(blocked, torch.finfo().min)[None, None]
 
     def decide(block: torch.nn.Module, index: int, hidden: Tensor, rope: tuple) -> None:
-        candidates = torch.ones_like(alive) if action == "reroute" else alive.clone()
-        attention_map = block.self_attn(
-            hidden_states=block.input_layernorm(hidden),
-            position_embeddings=rope,
-            attention_mask=mask_showing(candidates),
-        )[1]
-        scores = attention_map[0, :, num_prompt - 1, visual].mean(dim=0)
+        candidates = may_return if action == "reroute" else alive.clone()
+        if previous_layer is None:
+            attention_map = block.self_attn(
+                hidden_states=block.input_layernorm(hidden),
+                position_embeddings=rope,
+                attention_mask=mask_showing(candidates),
+            )[1]
+            scores = attention_map[0, :, num_prompt - 1, visual].mean(dim=0)
+        else:
+            scores = previous_layer(last_map[-1][0, :, :num_prompt, visual])
         scores[~candidates] = -1.0
         wanted = max(1, int(len(visual) * ratios[index]))
         alive.zero_()
@@ -67,8 +83,19 @@ def masked_forward(
         output[:, visual[~alive]] = args[0][:, visual[~alive]]
         return output
 
+    def see(block: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        embeddings = kwargs["inputs_embeds"].clone()
+        embeddings[0, visual] = visual_embeddings
+        return args, {**kwargs, "inputs_embeds": embeddings}
+
     handles = []
+    if visual_embeddings is not None:
+        language_model = model.model.language_model
+        handles.append(language_model.register_forward_pre_hook(see, with_kwargs=True))
     for block in model.model.language_model.layers:
+        handles.append(
+            block.self_attn.register_forward_hook(lambda _, __, output: last_map.append(output[1]))
+        )
         handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(block.register_forward_hook(after, with_kwargs=True))
     try:

@@ -74,9 +74,27 @@ class RoutedOracle:
         `inputs` is what the model's processor makes of one request: input_ids [1, prompt] with one
         placeholder per visual token, and the pixels, grids and sizes its family needs.
         """
+        prompt = self._prepare(inputs, max_new_tokens, forced_token_ids)
+        return self._generate(prompt, max_new_tokens, forced_token_ids, stop_at_eos)
+
+    def _prepare(
+        self,
+        inputs: Mapping[str, Tensor],
+        max_new_tokens: int,
+        forced_token_ids: list[int] | None,
+    ) -> Prompt:
         _check_request(inputs["input_ids"], max_new_tokens, forced_token_ids)
         prompt = self._family.prepare(self.model, inputs)
         _check_last_token(prompt)
+        return prompt
+
+    def _generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        forced_token_ids: list[int] | None,
+        stop_at_eos: bool,
+    ) -> OracleResult:
         kv = [LayerKV() for _ in range(self.depth)]
         last_hidden, selected, scores = self._prefill(prompt, kv)
         token_ids: list[int] = []

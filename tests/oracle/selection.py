@@ -28,3 +28,15 @@ def highest(scores: Tensor, candidates: list[int], count: int) -> list[int]:
     values = scores.tolist()
     ranked = sorted(range(len(candidates)), key=lambda i: (-values[i], i))
     return sorted(candidates[i] for i in ranked[:count])
+
+
+def attention_rows(queries: Tensor, keys: Tensor) -> Tensor:
+    """Attention of the last tokens to all tokens present, each to none after itself.
+
+    queries: [heads, queries, dim], the last ones; keys: [heads, tokens, dim], both after rope.
+    Returns [heads, queries, tokens], fp32.
+    """
+    num_queries, num_tokens = queries.shape[1], keys.shape[1]
+    visible = torch.ones(num_queries, num_tokens, dtype=torch.bool).tril(num_tokens - num_queries)
+    logits = queries.float() @ keys.float().transpose(1, 2) * queries.shape[-1] ** -0.5
+    return logits.masked_fill(~visible, float("-inf")).softmax(dim=-1)
