@@ -9,10 +9,26 @@ import torch
 
 from tests.engine.family_requests import FamilyAsk, processor
 from tests.engine.requests import Answer, Ask
-from tests.oracle import OracleResult, RoutedOracle
+from tests.oracle import NuwaOracle, OracleResult, RoutedOracle
 from vllm_reroute.config import RoutingSchedule
 
 LOGPROB_TOLERANCE = 1e-4
+
+
+def oracle_of(folder: Path, schedule: RoutingSchedule) -> RoutedOracle:
+    """The oracle for a checkpoint under a schedule."""
+    if schedule.encoder_ratio is None:
+        return RoutedOracle(
+            folder, action=schedule.action, layers=schedule.layers, keep=schedule.keep
+        )
+    return NuwaOracle(
+        folder,
+        action=schedule.action,
+        variant=schedule.variant,
+        stage1_ratio=schedule.encoder_ratio,
+        layers=schedule.layers[1:],
+        keep=schedule.keep[1:],
+    )
 
 
 class OracleAnswers:
@@ -27,14 +43,9 @@ class OracleAnswers:
         self, model: str, schedule: RoutingSchedule, ask: Ask | FamilyAsk, prompt: list[int]
     ) -> OracleResult:
         """prompt: the token ids the engine saw, placeholders expanded."""
-        key = (model, schedule.action, schedule.layers, schedule.keep)
+        key = (model, schedule.action, schedule.variant, schedule.layers, schedule.keep)
         if key not in self._oracles:
-            self._oracles[key] = RoutedOracle(
-                self._models[model],
-                action=schedule.action,
-                layers=schedule.layers,
-                keep=schedule.keep,
-            )
+            self._oracles[key] = oracle_of(self._models[model], schedule)
         request = (key, ask.key)
         if request not in self._results:
             inputs = ask.inputs(processor(self._models[model]))
@@ -64,6 +75,8 @@ class OracleAnswers:
         visual = len(torch.as_tensor(result.scores[0])) if ask.visual else 0
         text = len(answer.prompt_token_ids) - visual + len(answer.token_ids) - 1
         kept = schedule.kept_per_stage(visual)
+        if schedule.encoder_ratio is not None and ask.visual:
+            kept = [len(selected) for selected in result.selected]
         expected = [
             text + k
             for stage, k in zip(schedule.stages, kept, strict=True)

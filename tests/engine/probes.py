@@ -37,34 +37,31 @@ def _answer(output: Any, decisions: dict[int, list[list[int]]]) -> Answer:
 @contextmanager
 def recorded_decisions() -> Iterator[dict[int, list[list[int]]]]:
     """Prompt length -> kept visual tokens per decision, of the last prefill of that length."""
-    from vllm_reroute.routing.decoder import RoutedDecoder, RunningTokens
+    from vllm_reroute.routing.decoder import RoutedDecoder
 
     decisions: dict[int, list[list[int]]] = {}
-    plans: list[Any] = []
-    take, run_routed = RunningTokens.take, RoutedDecoder._run_routed
+    run_routed, choose = RoutedDecoder._run_routed, RoutedDecoder._choose
 
     def recording_run(self: Any, *inputs: Any) -> Any:
-        plan = inputs[-1]
-        plans.append(plan)
-        for prefill in plan.prefills:
+        for prefill in inputs[-1].prefills:
             decisions[prefill.routing.num_prompt] = []
         return run_routed(self, *inputs)
 
-    def recording_take(self: Any, rows: Any) -> Any:
-        taken = take(self, rows)
-        visual_rows = taken.rows[taken.visual].tolist()
-        for prefill in plans[-1].prefills:
+    def recording_choose(self: Any, *inputs: Any) -> Any:
+        running, chosen = choose(self, *inputs)
+        visual_rows = running.rows[running.visual].tolist()
+        for prefill in inputs[-1].prefills:
             mask = prefill.routing.spans.mask(prefill.num_tokens)
             places = {prefill.start + p: n for n, p in enumerate(mask.nonzero()[0].tolist())}
             kept = [places[row] for row in visual_rows if row in places]
             decisions[prefill.routing.num_prompt].append(kept)
-        return taken
+        return running, chosen
 
-    RunningTokens.take, RoutedDecoder._run_routed = recording_take, recording_run
+    RoutedDecoder._run_routed, RoutedDecoder._choose = recording_run, recording_choose
     try:
         yield decisions
     finally:
-        RunningTokens.take, RoutedDecoder._run_routed = take, run_routed
+        RoutedDecoder._run_routed, RoutedDecoder._choose = run_routed, choose
 
 
 def stepwise(llm: Any, asks: Sequence[Ask], every: int) -> dict[str, Any]:

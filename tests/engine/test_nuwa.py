@@ -13,6 +13,7 @@ from benchmarks.local_models import build_family
 from tests.engine.conftest import GROUPED, engine_args
 from tests.engine.family_requests import FamilyAsk
 from tests.engine.host import EngineHost
+from tests.engine.oracle_answers import OracleAnswers
 from tests.engine.probes import free_blocks, generate, generate_one_by_one, stepwise
 from tests.engine.requests import (
     LONG_TEXT,
@@ -30,10 +31,11 @@ from vllm_reroute.kv_cache.footprint import RequestFootprint
 DEPTH = 8
 KINDS: list[dict[str, Any]] = [
     {"schedule": "nuwa", "action": "remove", "tier": 192},
-    {"schedule": "nuwa", "variant": "A", "tier": 128},
+    {"schedule": "nuwa", "action": "remove", "budget": 100},
+    {"schedule": "nuwa", "variant": "A", "tier": 64},
     {"schedule": "nuwa", "variant": "B", "tier": 192},
 ]
-CHEAP = KINDS[1]
+CHEAP: dict[str, Any] = {"schedule": "nuwa", "variant": "A", "tier": 128}
 QWEN, LLAVA = "qwen2.5-vl", "llava-1.5"
 
 
@@ -45,6 +47,11 @@ def label(options: dict[str, Any]) -> str:
 def folders(models: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("nuwa")
     return {LLAVA: models["grouped"], QWEN: build_family(root / QWEN, QWEN)}
+
+
+@pytest.fixture(scope="module")
+def oracles(folders: dict[str, Path]) -> OracleAnswers:
+    return OracleAnswers(folders)
 
 
 def requests(model: str, folder: Path) -> list[Any]:
@@ -96,12 +103,19 @@ def check_decisions(schedule: RoutingSchedule, sizes: list[int], answer: Answer)
 
 @pytest.mark.parametrize("model", [LLAVA, QWEN])
 @pytest.mark.parametrize("options", KINDS, ids=label)
-def test_a_mixed_batch_answers_as_each_request_alone(
-    host: EngineHost, folders: dict[str, Path], model: str, options: dict[str, Any]
+def test_a_mixed_batch_answers_as_the_oracle_and_as_each_request_alone(
+    host: EngineHost,
+    folders: dict[str, Path],
+    oracles: OracleAnswers,
+    model: str,
+    options: dict[str, Any],
 ) -> None:
+    """Anchors, later decisions, tokens and log-probabilities."""
     host.engine(**engine_args(folders[model], options))
     asks, before = requests(model, folders[model]), host.call(free_blocks)
     together, alone = host.call(generate, asks), host.call(generate_one_by_one, asks)
+    for ask, answer in zip(asks, together, strict=True):
+        oracles.check(model, schedule_of(options), ask, answer)
     sizes = [image_sizes(folders[model], ask) for ask in asks]
     for own_sizes, one, other in zip(sizes, together, alone, strict=True):
         check_decisions(schedule_of(options), own_sizes, one)

@@ -14,6 +14,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_reroute.attention.layer import RoutedAttention, RoutingStep, route_attention
 from vllm_reroute.attention.metadata import RoutedAttentionMetadata
 from vllm_reroute.config import RoutingSchedule
+from vllm_reroute.config.routing_schedule import Decision
 from vllm_reroute.planning.step_plan import StepPlan
 from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
 from vllm_reroute.routing.prompt_rows import PromptRows, prompt_scores, visual_mask
@@ -156,31 +157,25 @@ class RoutedDecoder(nn.Module):
         running, chosen = candidates, None
         prompts = PromptRows.of(plan, None, device)
         decisions = {decision.layer: decision for decision in self.schedule.decisions}
+        scored = {decision.scored_at: decision for decision in self.schedule.decisions}
         hidden, residual, scores = candidates.stream, None, None
         for piece, run in zip(self.schedule.pieces, self._pieces, strict=True):
             layer = piece.first_layer
-            scorer, decision = self._scorers.get(layer), decisions.get(layer)
-            if scorer is not None or decision is not None:
+            if layer in decisions or layer in scored:
                 candidates.stream = self._brought_back(hidden, residual, chosen, candidates)
-            if scorer is not None:
-                scores = scorer.score(candidates.stream, candidates.positions, prompts)
-            if decision is not None:
-                ratio = decision.keep_ratio
-                ratio_index = plan.ratio_index(ratio)
+            if layer in scored and not _keeps_all(scored[layer], prompts, plan):
+                scores = self._scorers[layer].score(
+                    candidates.stream, candidates.positions, prompts
+                )
+            if layer in decisions:
+                decision = decisions[layer]
                 if decision.scored_at is None:
                     assert encoder_scores is not None, "images without the encoder's decision"
                     scores = prompt_scores(encoder_scores, prompts)
-                chosen = select_rows(
-                    scores,
-                    candidates.visual,
-                    prompts,
-                    [p.routing.num_kept(ratio_index) for p in plan.prefills],
-                    plan.lengths[ratio].num_tokens,
-                )
-                running = candidates.take(chosen)
+                running, chosen = self._choose(decision, scores, candidates, prompts, plan)
                 if decision.removes:
                     candidates, chosen = running, None
-                    prompts = PromptRows.of(plan, ratio, device)
+                    prompts = PromptRows.of(plan, decision.keep_ratio, device)
             if layer == 0:
                 hidden, residual = run(running.positions, running.stream, None, additions)
             else:
@@ -189,6 +184,30 @@ class RoutedDecoder(nn.Module):
                 )
         output = hidden_states.new_zeros(hidden_states.shape)
         return output.index_copy_(0, running.rows, self._norm[0](hidden, residual)[0])
+
+    def _choose(
+        self,
+        decision: Decision,
+        scores: torch.Tensor | None,
+        candidates: RunningTokens,
+        prompts: PromptRows,
+        plan: StepPlan,
+    ) -> tuple[RunningTokens, torch.Tensor | None]:
+        """Tokens that run from the decision's layer on, and their rows among the candidates.
+
+        scores: fp32 [requests, width]; not read where nothing is deferred: all run, and the rows
+        are None.
+        """
+        if _keeps_all(decision, prompts, plan):
+            return candidates, None
+        rows = select_rows(
+            scores,
+            candidates.visual,
+            prompts,
+            _num_kept(decision, plan),
+            plan.lengths[decision.keep_ratio].num_tokens,
+        )
+        return candidates.take(rows), rows
 
     def _brought_back(
         self,
@@ -202,11 +221,23 @@ class RoutedDecoder(nn.Module):
         hidden, residual: of those that ran, rows `chosen` of the candidates. The others waited in
         the side buffer, which holds the stream wherever tokens may come back.
         """
-        stream = hidden if residual is None else hidden + residual
         if self.deferred is None:
-            return stream
+            return hidden if residual is None else hidden + residual
         waiting = self.deferred.open(len(candidates.rows))
+        if chosen is None and residual is not None:
+            return torch.add(hidden, residual, out=waiting)
         if chosen is None:
-            return waiting.copy_(stream)
-        self.deferred.write(chosen, stream)
+            return waiting.copy_(hidden)
+        self.deferred.write(chosen, hidden + residual)
         return waiting
+
+
+def _num_kept(decision: Decision, plan: StepPlan) -> list[int]:
+    """Visual tokens to keep, per image prompt of the step."""
+    ratio_index = plan.ratio_index(decision.keep_ratio)
+    return [prefill.routing.num_kept(ratio_index) for prefill in plan.prefills]
+
+
+def _keeps_all(decision: Decision, prompts: PromptRows, plan: StepPlan) -> bool:
+    """Whether there is nothing to decide: as many are kept as there are."""
+    return _num_kept(decision, plan) == list(prompts.num_visual)

@@ -17,13 +17,15 @@ class PromptRows:
     rows: [P] int64, the layout's rows of all prompt tokens, request by request.
     slots: [P] int64, the same tokens in a padded [requests, width] table, flattened.
     last: [requests] int64, the layout's row of each last prompt token, which scores.
-    lens: prompt tokens present per request. num_rows: rows of the layout. seeds: per request.
+    lens, num_visual: prompt tokens and visual tokens present per request. num_rows: rows of the
+    layout. seeds: per request.
     """
 
     rows: torch.Tensor
     slots: torch.Tensor
     last: torch.Tensor
     lens: tuple[int, ...]
+    num_visual: tuple[int, ...]
     num_rows: int
     seeds: tuple[int, ...]
 
@@ -31,17 +33,24 @@ class PromptRows:
     def width(self) -> int:
         return max(self.lens)
 
+    @property
+    def are_all_rows(self) -> bool:
+        """Whether the layout holds nothing but these prompts: `rows` then counts from 0 up."""
+        return sum(self.lens) == self.num_rows
+
     @classmethod
     def of(cls, plan: StepPlan, keep_ratio: float | None, device: torch.device) -> PromptRows:
         """Prompts as laid out in a stage of `keep_ratio`; None: all tokens of the step."""
         if keep_ratio is None:
             lengths = plan.everyone
-            lens = tuple(p.routing.num_prompt for p in plan.prefills)
+            num_visual = tuple(p.routing.spans.num_visual for p in plan.prefills)
         else:
             lengths, ratio_index = plan.lengths[keep_ratio], plan.ratio_index(keep_ratio)
-            lens = tuple(
-                p.routing.num_prompt - int(p.routing.deferred[ratio_index]) for p in plan.prefills
-            )
+            num_visual = tuple(p.routing.num_kept(ratio_index) for p in plan.prefills)
+        lens = tuple(
+            p.routing.num_prompt - p.routing.spans.num_visual + n
+            for p, n in zip(plan.prefills, num_visual, strict=True)
+        )
         starts = [int(lengths.query_start_loc[p.index]) for p in plan.prefills]
         width = max(lens)
         rows = [np.arange(start, start + n) for start, n in zip(starts, lens, strict=True)]
@@ -55,6 +64,7 @@ class PromptRows:
             slots=tensor[total : 2 * total],
             last=tensor[2 * total :],
             lens=lens,
+            num_visual=num_visual,
             num_rows=lengths.num_tokens,
             seeds=tuple(p.routing.seed for p in plan.prefills),
         )

@@ -119,7 +119,10 @@ class LastTokenScorer:
         """
         rule, scale = self.rule, self.attention.scaling
         queries = self._queries_of(stream, positions, prompts)
-        keys = self._keys(stream[prompts.rows], positions[..., prompts.rows])
+        if prompts.are_all_rows:
+            keys = self._keys(stream, positions)
+        else:
+            keys = self._keys(stream[prompts.rows], positions[..., prompts.rows])
         scores = stream.new_zeros(len(prompts.lens), prompts.width, dtype=torch.float32)
         for i, prompt_keys in enumerate(keys.split(prompts.lens)):
             if rule == LAST_TOKEN:
