@@ -58,6 +58,7 @@ class Nuwa:
         if multimodal_embeddings is not None and len(multimodal_embeddings):
             columns = torch.cat([rows[:, -1] for rows in multimodal_embeddings])
             scores = columns.new_zeros(len(input_ids), dtype=torch.float32)
+            # The mask lives on the host, as vLLM's own merge expects: nothing waits for the device.
             scores[is_multimodal] = columns.float()
             self._anchor_scores = scores
             multimodal_embeddings = [rows[:, :-1] for rows in multimodal_embeddings]
