@@ -90,6 +90,22 @@ def test_removing_family_agrees_with_oracle(
         assert lens == oracles.result(family, schedule, ask, prompt).kv_lens
 
 
+def test_compiled_deepstack_agrees_with_oracle(
+    folders: dict[str, Path], oracles: OracleAnswers
+) -> None:
+    """The first stage takes image features along, the others never do."""
+    family = "qwen3-vl"
+    schedule = RerouteOptions.from_mapping(REROUTE).resolve(DEPTH)
+    host = EngineHost()
+    try:
+        host.engine(**family_engine(folders[family], REROUTE, enforce_eager=False))
+        asks = requests(family, folders[family])
+        for ask, answer in zip(asks, host.call(generate, asks), strict=True):
+            oracles.check(family, schedule, ask, answer)
+    finally:
+        host.close()
+
+
 def test_preempted_request_keeps_its_positions(
     v1: EngineHost, folders: dict[str, Path], oracles: OracleAnswers
 ) -> None:
