@@ -7,6 +7,8 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 PIP_ARGS ?=
 # Words handed on to `vllm serve` and to pytest.
 ARGS ?=
+# Test processes side by side. Each holds two small engines at most; their work is single-threaded.
+WORKERS ?= 2
 # Where PyTorch publishes its CPU wheels, if pip's own configuration does not lead to them (see pytorch.org).
 TORCH_CPU_INDEX ?=
 
@@ -21,7 +23,7 @@ GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # Nothing here talks to a model hub, and nothing reports usage.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
-.PHONY: help setup demo quality test serve lint
+.PHONY: help setup demo quality bench test serve lint
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -35,8 +37,12 @@ demo: $(READY) ## ask a routed and a dense server about a photo, compare KV memo
 quality: $(READY) ## ask dense, routed and downsampled servers the same questions, compare (ARGS="--quick" for a trial)
 	@$(OFFLINE) $(BIN)/python -m benchmarks.quality $(ARGS)
 
+bench: $(READY) ## measure routed engines against stock vLLM, about an hour (ARGS="--quick" for a trial)
+	@$(OFFLINE) $(BIN)/python -m benchmarks.bench $(ARGS)
+
 test: $(READY) ## run the tests (ARGS="-k name" for some of them)
-	@$(OFFLINE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(ARGS)
+	@$(OFFLINE) OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+	  $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
 
 serve: $(READY) ## serve the demo's model, for example ARGS="--reroute-schedule pdrop --port 8000"
 	@model=$$($(OFFLINE) $(BIN)/python -m benchmarks.local_model) && \
