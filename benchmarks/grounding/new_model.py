@@ -1,0 +1,155 @@
+"""The LLaVA before training: its shape and its first weights."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from benchmarks.grounding.scenes import GRID, IMAGE_SIZE
+from benchmarks.grounding.vocabulary import (
+    CELLS,
+    IMAGE_TOKEN,
+    PATCH_SIZE,
+    PATCHES,
+    VISUAL_TOKENS,
+    token,
+    trained_tokenizer,
+    word,
+)
+
+WIDTH = 128
+HEAD_SIZE = 32
+TEXT_LAYERS = 12
+TEXT_FEED_FORWARD = 256
+# The last one is never read: LLaVA takes the output of the layer before it.
+VISION_LAYERS = 5
+VISION_FEED_FORWARD = 512
+# Strength of looking at one's like, and of copying from it, before training.
+MATCHING, COPYING = 2.6, 0.1
+FIRST_LOGITS = 0.3
+
+
+def make_config() -> LlavaConfig:
+    """LLaVA-1.5's configuration, narrow: CLIP tower, projector, Llama decoder."""
+    text = LlamaConfig(
+        vocab_size=trained_tokenizer().get_vocab_size(),
+        hidden_size=WIDTH,
+        intermediate_size=TEXT_FEED_FORWARD,
+        num_hidden_layers=TEXT_LAYERS,
+        num_attention_heads=WIDTH // HEAD_SIZE,
+        num_key_value_heads=WIDTH // HEAD_SIZE,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        bos_token_id=token("<s>"),
+        eos_token_id=token("</s>"),
+        pad_token_id=token("<pad>"),
+        tie_word_embeddings=False,
+        # Slow turns in most dimensions, so that heads of 32 can match by content across a picture.
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=VISION_FEED_FORWARD,
+        num_hidden_layers=VISION_LAYERS,
+        num_attention_heads=WIDTH // HEAD_SIZE,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        projection_dim=WIDTH,
+    )
+    return LlavaConfig(
+        architectures=["LlavaForConditionalGeneration"],
+        vision_config=vision,
+        text_config=text,
+        image_token_index=token(IMAGE_TOKEN),
+        image_seq_length=VISUAL_TOKENS,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+        pad_token_id=token("<pad>"),
+    )
+
+
+def new_model(seed: int) -> LlavaForConditionalGeneration:
+    """The model of that seed.
+
+    Output words have variance 1 and matrices keep the variance of what enters them: the usual 0.02 for everything is
+    too little at this width. Visual tokens learn to point at output words. Input words are these, turned by a fixed
+    rotation, and queries of the decoder start as keys turned back: a word looks at visual tokens that show it, not at
+    itself, and copies what else they show; a cell found so is looked for by later layers. From there retrieval forms
+    in hundreds of steps, not thousands.
+    """
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(make_config())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "layrnorm" in name:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif name.endswith(("bias", "down_proj.weight", "out_proj.weight", "fc2.weight")):
+                parameter.zero_()
+            elif "embed_tokens" in name or "class_embedding" in name:
+                parameter.normal_()
+            elif "position_embedding" in name:
+                parameter.copy_(grid_positions(WIDTH))
+            else:
+                parameter.normal_(std=1 / math.sqrt(parameter[0].numel()))
+        for number, layer in enumerate(model.model.language_model.layers):
+            attention = layer.self_attn
+            attention.k_proj.weight.mul_(MATCHING)
+            attention.q_proj.weight.copy_(attention.k_proj.weight @ turn().T)
+            if number >= TEXT_LAYERS // 2:
+                look_on(attention)
+            nn.init.orthogonal_(attention.v_proj.weight)
+            attention.o_proj.weight.copy_(COPYING * attention.v_proj.weight.T)
+        words = model.get_output_embeddings().weight.normal_()
+        words[list(map(word, CELLS))] = cell_words()
+        read_as_spoken(model)
+    return model
+
+
+@torch.no_grad()
+def look_on(attention: nn.Module) -> None:
+    """Lets half of the heads look for a cell that was found before, not only for one that was read."""
+    half = WIDTH // 2
+    cells = torch.linalg.svd(cell_words(), full_matrices=False)
+    span = cells.Vh[cells.S[0] / 1000 < cells.S]
+    query, key = attention.q_proj.weight, attention.k_proj.weight
+    query[:half] += key[:half] @ span.T @ span
+
+
+def cell_words() -> Tensor:
+    """[cells, width]: each the sum of a direction for its row and one for its column, so that neighbours are alike."""
+    rows, columns = torch.randn(2, GRID, WIDTH, generator=torch.Generator().manual_seed(1))
+    return ((rows[:, None] + columns) / math.sqrt(2)).flatten(0, 1)
+
+
+def turn() -> Tensor:
+    """A rotation, the same every time: [width, width]."""
+    noise = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    return torch.linalg.qr(noise).Q
+
+
+@torch.no_grad()
+def read_as_spoken(model: LlavaForConditionalGeneration) -> None:
+    """Starts input words from output words, whose logits it brings to an ordinary size."""
+    words = model.get_output_embeddings().weight
+    words.div_(words.pow(2).mean().sqrt())
+    model.get_input_embeddings().weight.copy_(words @ turn().T)
+    words.mul_(FIRST_LOGITS / math.sqrt(WIDTH))
+
+
+def grid_positions(width: int) -> Tensor:
+    """[1 + patches, width]: sines and cosines of row and column, after a zero row for the class token."""
+    at = torch.arange(PATCHES, dtype=torch.float32)
+    frequencies = torch.pi / PATCHES * 1.35 ** torch.arange(width // 4, dtype=torch.float32)
+    angles = at[:, None] * frequencies.clamp(max=torch.pi)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows = waves[:, None].expand(PATCHES, PATCHES, -1)
+    columns = waves[None].expand(PATCHES, PATCHES, -1)
+    patches = torch.cat([rows, columns], dim=2).flatten(0, 1)
+    return torch.cat([torch.zeros(1, width), patches])

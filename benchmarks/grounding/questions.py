@@ -1,0 +1,202 @@
+"""Questions about scenes, each with exactly one right answer."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.grounding.scenes import (
+    COLOURS,
+    GRID,
+    SHAPES,
+    Scene,
+    Thing,
+    cell_name,
+    render,
+    sample_scene,
+)
+
+# Scene seeds of each split.
+SPLITS: dict[str, range] = {
+    "train": range(0, 10**9),
+    "validation": range(10**9, 2 * 10**9),
+    "test": range(2 * 10**9, 3 * 10**9),
+}
+DIRECTIONS: dict[str, tuple[int, int]] = {
+    "left of": (0, -1),
+    "right of": (0, 1),
+    "above": (-1, 0),
+    "below": (1, 0),
+}
+NOTHING = "nothing"
+# How often a place that is asked about is an empty one, where the scene allows both.
+EMPTY_SHARE = 0.2
+# Largest and smallest are asked for only if the next in size differs by this factor.
+CLEAR_MARGIN = 1.15
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    image: Image.Image
+    text: str
+    answer: str
+    kind: str
+    scene_seed: int
+
+
+def questions(split: str, count: int) -> Iterator[Question]:
+    """`count` questions of a split, kinds in turn, every question about a scene of its own."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown. Choose one of: {', '.join(SPLITS)}.")
+    seeds = iter(SPLITS[split])
+    for number in range(count):
+        kind = list(KINDS)[number % len(KINDS)]
+        while True:
+            scene = sample_scene(next(seeds))
+            pair = ask(scene, kind, np.random.default_rng([scene.seed, 2]))
+            if pair is not None:
+                break
+        text, answer = pair
+        yield Question(
+            image=render(scene), text=text, answer=answer, kind=kind, scene_seed=scene.seed
+        )
+
+
+def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Pair | None:
+    """A random question of that kind with its answer; None if the scene allows none."""
+    return KINDS[kind](scene, rng)
+
+
+def _where(scene: Scene, rng: np.random.Generator) -> Pair:
+    thing = _any(scene.things, rng)
+    return f"Where is the {thing.name}?", thing.cell
+
+
+def _at(scene: Scene, rng: np.random.Generator) -> Pair:
+    places = [(row, column) for row in range(GRID) for column in range(GRID)]
+    place = _maybe_empty([(*place, scene.thing_at(*place)) for place in places], rng)
+    row, column, thing = place
+    return f"What is at {cell_name(row, column)}?", thing.name if thing else NOTHING
+
+
+def _label(scene: Scene, rng: np.random.Generator) -> Pair:
+    thing = _any(scene.things, rng)
+    return f"What is the label of the {thing.name}?", thing.label
+
+
+def _labelled(scene: Scene, rng: np.random.Generator) -> Pair:
+    thing = _any(scene.things, rng)
+    return f"What has the label {thing.label}?", thing.name
+
+
+def _count(scene: Scene, rng: np.random.Generator) -> Pair:
+    if rng.random() < 0.5:
+        number = rng.integers(len(SHAPES) + 2)
+        # Two of eight times a shape that is there for sure.
+        shape = SHAPES[number] if number < len(SHAPES) else _any(scene.things, rng).shape
+        return (
+            f"How many {plural(shape)} are there?",
+            str(sum(thing.shape == shape for thing in scene.things)),
+        )
+    number = rng.integers(len(COLOURS) + 4)
+    colour = list(COLOURS)[number] if number < len(COLOURS) else _any(scene.things, rng).colour
+    return (
+        f"How many {colour} things are there?",
+        str(sum(thing.colour == colour for thing in scene.things)),
+    )
+
+
+def _beside(scene: Scene, rng: np.random.Generator) -> Pair | None:
+    options = [(d, t, scene.thing_at(*p)) for d, t, p in _neighbours(scene, scene.things)]
+    direction, thing, other = _maybe_empty(options, rng)
+    return f"What is {direction} the {thing.name}?", other.name if other else NOTHING
+
+
+def _beside_label(scene: Scene, rng: np.random.Generator) -> Pair | None:
+    options = [
+        (direction, thing, other)
+        for direction, thing, place in _neighbours(scene, scene.things)
+        if (other := scene.thing_at(*place))
+    ]
+    if not options:
+        return None
+    direction, thing, other = options[rng.integers(len(options))]
+    return f"What is the label of the thing {direction} the {thing.name}?", other.label
+
+
+def _largest(scene: Scene, rng: np.random.Generator) -> Pair | None:
+    options = clear_extremes(scene)
+    if not options:
+        return None
+    which, thing = options[rng.integers(len(options))]
+    return f"Where is the {which} {thing.shape}?", thing.cell
+
+
+def _largest_beside(scene: Scene, rng: np.random.Generator) -> Pair | None:
+    options = [
+        (direction, which, thing, other)
+        for which, extreme in clear_extremes(scene)
+        for direction, thing, place in _neighbours(scene, (extreme,))
+        if (other := scene.thing_at(*place))
+    ]
+    if not options:
+        return None
+    direction, which, thing, other = options[rng.integers(len(options))]
+    return f"What is the label of the thing {direction} the {which} {thing.shape}?", other.label
+
+
+# Kind -> what makes a question of it. The last three need one visual token to know which other one to look at.
+KINDS: dict[str, Callable[[Scene, np.random.Generator], Pair | None]] = {
+    "where": _where,
+    "at": _at,
+    "label": _label,
+    "labelled": _labelled,
+    "count": _count,
+    "largest": _largest,
+    "beside": _beside,
+    "beside-label": _beside_label,
+    "largest-beside": _largest_beside,
+}
+
+
+def clear_extremes(scene: Scene) -> list[tuple[str, Thing]]:
+    """("largest" or "smallest", thing) for each shape that occurs several times with one clearly at that end."""
+    found = []
+    for shape in SHAPES:
+        by_size = sorted((t for t in scene.things if t.shape == shape), key=lambda t: t.radius)
+        if len(by_size) < 2:
+            continue
+        if by_size[-1].radius >= CLEAR_MARGIN * by_size[-2].radius:
+            found.append(("largest", by_size[-1]))
+        if by_size[0].radius * CLEAR_MARGIN <= by_size[1].radius:
+            found.append(("smallest", by_size[0]))
+    return found
+
+
+def plural(shape: str) -> str:
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def _any(things: tuple[Thing, ...], rng: np.random.Generator) -> Thing:
+    return things[rng.integers(len(things))]
+
+
+def _neighbours(scene: Scene, things: tuple[Thing, ...]) -> list:
+    """(direction, thing, (row, column) of the next place that way) for all places inside the grid."""
+    return [
+        (direction, thing, (thing.row + down, thing.column + right))
+        for thing in things
+        for direction, (down, right) in DIRECTIONS.items()
+        if 0 <= thing.row + down < GRID and 0 <= thing.column + right < GRID
+    ]
+
+
+def _maybe_empty(options: list, rng: np.random.Generator) -> tuple:
+    """One of `options`, whose last item is a thing or None: None for EMPTY_SHARE of all, if both occur."""
+    full = [option for option in options if option[-1] is not None]
+    empty = [option for option in options if option[-1] is None]
+    chosen = empty if not full or (empty and rng.random() < EMPTY_SHARE) else full
+    return chosen[rng.integers(len(chosen))]

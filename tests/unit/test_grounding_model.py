@@ -1,0 +1,43 @@
+"""The checkpoint in the repository: LLaVA-1.5's layout, small, and as right as its card says."""
+
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from benchmarks.grounding.evaluate import MODEL, accuracy_by_kind, load
+from benchmarks.grounding.questions import questions
+from benchmarks.local_model import HEAD_SIZES
+
+QUESTIONS = 90
+# About three standard errors of that many questions.
+TOLERANCE = 0.15
+
+pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="the model is not in this checkout")
+
+
+def test_files_are_small_and_carry_the_published_names():
+    assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 16e6
+    with safe_open(MODEL / "model.safetensors", "pt") as weights:
+        names = list(weights.keys())
+        assert {weights.get_tensor(name).dtype for name in names} == {torch.bfloat16}
+    starts = ("vision_tower.vision_model.", "multi_modal_projector.", "language_model.")
+    assert all(name.startswith(starts) for name in names)
+
+
+def test_the_decoder_is_one_that_vllm_serves_on_cpu():
+    model, _ = load(MODEL, torch.float32)
+    text = model.config.text_config
+    assert text.hidden_size // text.num_attention_heads in HEAD_SIZES
+    assert text.num_hidden_layers >= 12
+    assert model.config.image_seq_length >= 144
+    assert text.max_position_embeddings >= 1024
+    assert model.config.vision_feature_layer == -2
+
+
+def test_it_answers_as_its_card_says():
+    card = (MODEL / "README.md").read_text(encoding="utf-8")
+    claimed = float(re.search(r"\| all \| ([\d.]+) % \|", card)[1]) / 100
+    shares = accuracy_by_kind(*load(MODEL, torch.float32), questions("test", QUESTIONS))
+    assert shares["all"] >= claimed - TOLERANCE

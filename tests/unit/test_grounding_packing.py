@@ -1,0 +1,52 @@
+"""Packed questions get the logits they would get alone."""
+
+import pytest
+import torch
+
+from benchmarks.grounding.lessons import Stage, batch_of, normalise
+from benchmarks.grounding.new_model import new_model
+from benchmarks.grounding.packing import ATTENTION, answer_logits, pack, visual_tokens
+from benchmarks.grounding.questions import KINDS
+from benchmarks.grounding.vocabulary import IGNORED, encode, prompt_start
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Untrained, but with every block doing something."""
+    model = new_model(seed=0).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@torch.inference_mode()
+def test_packing_equals_asking_alone(model):
+    batch = batch_of(range(2), Stage(steps=1, pictures=2, asked=2, kinds=tuple(KINDS), lines=4))
+    pixels = normalise(batch.pixels)
+    model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
+    packed = answer_logits(model, visual_tokens(model, pixels), batch.lines)
+    model.set_attn_implementation("sdpa")
+    lines = batch.lines
+    alone = []
+    for picture in range(2):
+        for line in range(lines.ids.shape[1]):
+            owners = lines.owner[picture, line]
+            for question in owners[owners >= 0].unique_consecutive():
+                mine = owners == question
+                logits = model(
+                    input_ids=torch.tensor([[*prompt_start(), *lines.ids[picture, line][mine]]]),
+                    pixel_values=pixels[picture][None],
+                ).logits[0, len(prompt_start()) :]
+                alone.append(logits[lines.targets[picture, line][mine] != IGNORED])
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_questions_that_do_not_fit_are_left_out():
+    question, answer = encode("What is at b3?"), encode(" red circle")
+    size = len(question) + len(answer) - 1
+    fields = pack([(question, answer)] * 9, lines=2, length=2 * size + 1)
+    assert fields["owner"].max() == 3
+    assert (fields["owner"] >= 0).sum() == 4 * size
+    assert (fields["targets"] != IGNORED).sum() == 4 * len(answer)

@@ -1,0 +1,168 @@
+"""Scenes and questions: the same every time, splits apart, answers right by a second opinion."""
+
+import re
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from benchmarks.grounding.questions import KINDS, SPLITS, ask, questions
+from benchmarks.grounding.scenes import (
+    COLOUR_JITTER,
+    COLOURS,
+    IMAGE_SIZE,
+    LABELS,
+    PLACE_SIZE,
+    SHAPES,
+    Scene,
+    Thing,
+    render,
+    sample_scene,
+)
+
+SCENES = [sample_scene(seed) for seed in range(300)]
+
+
+def test_the_same_questions_every_time():
+    first, second = list(questions("test", 18)), list(questions("test", 18))
+    for one, other in zip(first, second, strict=True):
+        assert (one.text, one.answer, one.kind, one.scene_seed) == (
+            other.text,
+            other.answer,
+            other.kind,
+            other.scene_seed,
+        )
+        assert one.image.tobytes() == other.image.tobytes()
+
+
+def test_kinds_are_balanced_and_scenes_never_repeat():
+    asked = list(questions("validation", 4 * len(KINDS)))
+    assert set(Counter(question.kind for question in asked).values()) == {4}
+    assert {question.kind for question in asked} == set(KINDS)
+    assert len({question.scene_seed for question in asked}) == len(asked)
+
+
+def test_splits_share_no_scene():
+    seeds = sorted(SPLITS.values(), key=lambda seeds: seeds.start)
+    assert all(one.stop <= other.start for one, other in pairwise(seeds))
+    for split in SPLITS:
+        assert all(question.scene_seed in SPLITS[split] for question in questions(split, 9))
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="validation"):
+        next(questions("holdout", 1))
+
+
+@pytest.mark.parametrize("scene", SCENES[:60], ids=lambda scene: str(scene.seed))
+def test_things_lie_inside_their_places_and_differ(scene):
+    assert len({thing.cell for thing in scene.things}) == len(scene.things)
+    assert len({thing.name for thing in scene.things}) == len(scene.things)
+    assert len({thing.label for thing in scene.things}) == len(scene.things)
+    for thing in scene.things:
+        for centre, place in zip(thing.centre, (thing.column, thing.row), strict=True):
+            assert place * PLACE_SIZE <= centre - thing.radius
+            assert centre + thing.radius <= (place + 1) * PLACE_SIZE
+
+
+def test_pictures_show_the_colours_of_things():
+    """Around its middle a thing has its colour more often than any other, but for the ink of its label."""
+    checked = 0
+    for scene in SCENES[:40]:
+        pixels = np.asarray(render(scene)).astype(int)
+        assert pixels.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+        for thing in scene.things:
+            x, y = (round(c) for c in thing.centre)
+            reach = int(0.4 * thing.radius)
+            around = pixels[y - reach : y + reach + 1, x - reach : x + reach + 1].reshape(-1, 3)
+            seen = {
+                colour: (np.abs(around - value).max(axis=1) <= COLOUR_JITTER).mean()
+                for colour, value in COLOURS.items()
+                if colour == thing.colour or colour not in ("black", "white")
+            }
+            assert max(seen, key=seen.get) == thing.colour, thing
+            assert seen[thing.colour] > 0.1, thing
+            checked += 1
+    assert checked > 200
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_agree_with_a_second_opinion(kind):
+    asked = 0
+    for scene in SCENES:
+        pair = ask(scene, kind, np.random.default_rng(scene.seed))
+        if pair is not None:
+            assert second_opinion(scene, pair[0]) == {pair[1]}
+            asked += 1
+    assert asked > 0.7 * len(SCENES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_answer_is_common(kind):
+    """Nothing can be won by always saying the same."""
+    said = Counter(
+        pair[1]
+        for scene in SCENES
+        if (pair := ask(scene, kind, np.random.default_rng(scene.seed))) is not None
+    )
+    most = {"count": 0.5, "beside": 0.3, "at": 0.3}.get(kind, 0.15)
+    assert max(said.values()) < most * sum(said.values())
+
+
+def second_opinion(scene: Scene, text: str) -> set[str]:
+    """All answers to a question, read from its words and from where things were drawn."""
+    if found := re.fullmatch(r"Where is the (.+)\?", text):
+        return {cell_drawn(thing) for thing in meant(scene, found[1])}
+    if found := re.fullmatch(r"What is at (\w\d)\?", text):
+        here = [t for t in scene.things if cell_drawn(t) == found[1]]
+        return {f"{t.colour} {t.shape}" for t in here} or {"nothing"}
+    if found := re.fullmatch(r"What has the label (\w)\?", text):
+        return {f"{t.colour} {t.shape}" for t in scene.things if t.label == found[1]}
+    if found := re.fullmatch(r"How many (\w+) things are there\?", text):
+        return {str([t.colour for t in scene.things].count(found[1]))}
+    if found := re.fullmatch(r"How many (\w+)s are there\?", text):
+        shape = found[1].removesuffix("e") if found[1] == "crosse" else found[1]
+        assert shape in SHAPES
+        return {str([t.shape for t in scene.things].count(shape))}
+    if found := re.fullmatch(r"What is the label of the (.+)\?", text):
+        return {thing.label for thing in meant(scene, found[1])}
+    found = re.fullmatch(r"What is ((?:left of|right of|above|below) the .+)\?", text)
+    return {f"{t.colour} {t.shape}" for t in meant(scene, f"thing {found[1]}")} or {"nothing"}
+
+
+def meant(scene: Scene, words: str) -> list[Thing]:
+    """The things a phrase could mean."""
+    if found := re.fullmatch(r"thing (left of|right of|above|below) the (.+)", words):
+        return [
+            other
+            for thing in meant(scene, found[2])
+            for other in scene.things
+            if direction_drawn(thing, other) == found[1]
+        ]
+    adjective, shape = words.split()
+    alike = [thing for thing in scene.things if thing.shape == shape]
+    if adjective in ("largest", "smallest"):
+        end = max if adjective == "largest" else min
+        radius = end(thing.radius for thing in alike)
+        close = [t for t in alike if max(t.radius, radius) < 1.15 * min(t.radius, radius)]
+        assert len(alike) > 1
+        return close
+    return [thing for thing in alike if thing.colour == adjective]
+
+
+def cell_drawn(thing: Thing) -> str:
+    return "abcd"[int(thing.centre[1] // 42)] + "1234"[int(thing.centre[0] // 42)]
+
+
+def direction_drawn(thing: Thing, other: Thing) -> str | None:
+    """Where the place of `other` lies, if next to that of `thing`."""
+    a, b = cell_drawn(thing), cell_drawn(other)
+    down, right = ord(b[0]) - ord(a[0]), int(b[1]) - int(a[1])
+    return {(0, -1): "left of", (0, 1): "right of", (-1, 0): "above", (1, 0): "below"}.get(
+        (down, right)
+    )
+
+
+def test_labels_and_shapes_are_distinct_words():
+    assert len({*LABELS, *SHAPES, *COLOURS}) == len(LABELS) + len(SHAPES) + len(COLOURS)

@@ -1,0 +1,46 @@
+"""The tokenizer: one token per word of the task, any text comes back, prompts as LLaVA-1.5 writes them."""
+
+import pytest
+
+from benchmarks.grounding.evaluate import prompt
+from benchmarks.grounding.questions import questions
+from benchmarks.grounding.vocabulary import (
+    WORDS,
+    answer_tokens,
+    encode,
+    make_processor,
+    prompt_start,
+    question_tokens,
+    trained_tokenizer,
+)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor()
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_words_are_one_token(word):
+    assert len(encode(" " + word)) == 1
+
+
+@pytest.mark.parametrize("text", ["Ünï 漢字 foo-bar  baz\n!", "Why b33?  ", "<b>§ 12,5 €</b>"])
+def test_any_text_comes_back(text):
+    tokenizer = trained_tokenizer()
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_training_sees_the_tokens_that_serving_sees(processor):
+    for question in questions("train", 18):
+        content = [{"type": "image"}, {"type": "text", "text": question.text}]
+        chat = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        assert chat == prompt(question.text)
+        ids = processor(text=f"{chat} {question.answer}", images=question.image)["input_ids"][0]
+        assert list(ids) == [
+            *prompt_start(),
+            *question_tokens(question.text),
+            *answer_tokens(question.answer)[:-1],
+        ]
