@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_reroute.command_line.flags import add_reroute_flags, options_from_flags
+from vllm_reroute.command_line.predictions import Hardware, prediction_lines
 from vllm_reroute.config.options import RerouteOptions
 from vllm_reroute.config.schedules import SCHEDULES, TIERS
 from vllm_reroute.kv_cache.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
@@ -35,8 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan = commands.add_parser(
         "plan",
-        help="what a schedule keeps of a model's image tokens, and the KV cache it needs",
-        description="Print what a schedule does to a model, without starting an engine.",
+        help="what a schedule keeps of a model's image tokens, and what that saves by arithmetic",
+        description="Print what a schedule does to a model, without starting an engine. Times are "
+        "printed only for hardware you name, as lower bounds.",
         epilog=f"example: {EXAMPLE}",
     )
     plan.add_argument("--model", required=True, help="model id, local folder or short name")
@@ -48,6 +50,19 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         default=TYPICAL_TEXT_TOKENS,
         help=f"text tokens of the request (default: {TYPICAL_TEXT_TOKENS})",
+    )
+    plan.add_argument(
+        "--images", type=_positive, default=1, help="images of the request (default: 1)"
+    )
+    plan.add_argument(
+        "--devices", type=_positive, default=1, help="tensor-parallel devices (default: 1)"
+    )
+    plan.add_argument(
+        "--pool-gib", type=_amount, help="KV pool of one device: how many requests fit"
+    )
+    plan.add_argument("--peak-tflops", type=_amount, help="of one device: bound of the prefill")
+    plan.add_argument(
+        "--bandwidth", type=_amount, metavar="GB/S", help="of one device: bound of a decode step"
     )
     add_reroute_flags(plan)
     plan.set_defaults(run=_plan)
@@ -65,9 +80,17 @@ def _positive(text: str) -> int:
     return number
 
 
+def _amount(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
 def _plan(args: argparse.Namespace) -> list[str]:
     from transformers import AutoConfig
 
+    from vllm_reroute.cost_model import DecoderShape, RequestCost, vision_shape
     from vllm_reroute.models.architectures import RoutedArchitecture
     from vllm_reroute.models.deepstack import first_decision_layer
     from vllm_reroute.models.visual_tokens import visual_tokens_per_image
@@ -83,15 +106,32 @@ def _plan(args: argparse.Namespace) -> list[str]:
     text = config.get_text_config()
     schedule = options.resolve(text.num_hidden_layers, first_decision_layer(config))
     num_visual = visual_tokens_per_image(config)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    decoder = DecoderShape.of(text)
+    image_sizes = (num_visual,) * args.images
+    # Heads are dealt out to devices, and repeated where there are too few.
+    heads_per_device = max(1, decoder.num_kv_heads // args.devices)
     # Like vLLM, which serves float32 checkpoints in a 16-bit type unless told otherwise.
     bytes_per_value = 2
     footprint = RequestFootprint(
         schedule=schedule,
-        num_visual=num_visual,
+        num_visual=sum(image_sizes),
         num_text=args.text_tokens,
-        bytes_per_token=2 * text.num_key_value_heads * head_dim * bytes_per_value,
+        bytes_per_token=2 * heads_per_device * decoder.head_dim * bytes_per_value,
         block_size=args.block_size,
+        image_sizes=image_sizes,
+    )
+    cost = RequestCost(
+        decoder=decoder,
+        vision=vision_shape(config, num_visual),
+        schedule=schedule,
+        image_sizes=image_sizes,
+        num_text=args.text_tokens,
+    )
+    hardware = Hardware(
+        peak_tflops=args.peak_tflops,
+        bandwidth_gbs=args.bandwidth,
+        pool_gib=args.pool_gib,
+        tensor_parallel=args.devices,
     )
     return [
         f"model             {model}",
@@ -99,7 +139,9 @@ def _plan(args: argparse.Namespace) -> list[str]:
         *model_lines(config, num_visual),
         "",
         *footprint_lines(footprint),
-        "  (16-bit K/V, one device)",
+        f"  (16-bit K/V, {'one device' if args.devices == 1 else f'each of {args.devices} devices'})",
+        "",
+        *prediction_lines(cost, footprint, hardware),
     ]
 
 
