@@ -87,10 +87,10 @@ def image_token_id() -> int:
     return trained_tokenizer().token_to_id(IMAGE_TOKEN)
 
 
-def llava_tokenizer() -> PreTrainedTokenizerFast:
-    """The trained tokenizer as transformers has it."""
+def llava_tokenizer(tokenizer: Tokenizer | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer with these special tokens as transformers has it; by default the trained one."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=trained_tokenizer(),
+        tokenizer_object=tokenizer or trained_tokenizer(),
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
@@ -101,7 +101,9 @@ def llava_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_processor(image_size: int, patch_size: int) -> LlavaProcessor:
+def make_processor(
+    image_size: int, patch_size: int, tokenizer: Tokenizer | None = None
+) -> LlavaProcessor:
     """The processor of a LLaVA-1.5 with a CLIP tower of that grid; the class token is counted and dropped."""
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": image_size},
@@ -109,7 +111,7 @@ def make_processor(image_size: int, patch_size: int) -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=llava_tokenizer(),
+        tokenizer=llava_tokenizer(tokenizer),
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -15,8 +15,9 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import LlavaProcessor
 
+from benchmarks import local_tokenizer
 from benchmarks.grounding.questions import DIRECTIONS, NOTHING, plural
 from benchmarks.grounding.scenes import (
     COLOURS,
@@ -28,7 +29,7 @@ from benchmarks.grounding.scenes import (
     Thing,
     cell_name,
 )
-from benchmarks.local_tokenizer import CHAT_TEMPLATE, IMAGE_TOKEN, SPECIAL_TOKENS
+from benchmarks.local_tokenizer import IMAGE_TOKEN, SPECIAL_TOKENS
 
 PATCH_SIZE = 14
 PATCHES = IMAGE_SIZE // PATCH_SIZE
@@ -139,26 +140,5 @@ def answer_tokens(answer: str) -> tuple[int, ...]:
 
 
 def make_processor() -> LlavaProcessor:
-    """LLaVA-1.5's processor for this tokenizer and picture size; the class token is counted and dropped."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=trained_tokenizer(),
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": IMAGE_TOKEN},
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-    image_processor = CLIPImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE},
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    )
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+    """LLaVA-1.5's processor for this tokenizer and picture size."""
+    return local_tokenizer.make_processor(IMAGE_SIZE, PATCH_SIZE, trained_tokenizer())

@@ -2,7 +2,6 @@
 
 import re
 
-import pytest
 import torch
 from safetensors import safe_open
 
@@ -13,8 +12,6 @@ from benchmarks.local_model import HEAD_SIZES
 QUESTIONS = 90
 # About three standard errors of that many questions.
 TOLERANCE = 0.15
-
-pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="the model is not in this checkout")
 
 
 def test_files_are_small_and_carry_the_published_names():

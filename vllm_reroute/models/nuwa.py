@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
-from vllm.sequence import IntermediateTensors
 
 from vllm_reroute.config import RoutingSchedule
 from vllm_reroute.config.budget import num_kept
@@ -19,7 +18,7 @@ class Nuwa:
 
     The encoder's rows are one column wider than embeddings: 1 for anchors, 0 for other patches.
     So what it decided goes wherever the embeddings go, vLLM's encoder cache and batches included,
-    until they are merged with the text: there the column is split off and kept until `forward`.
+    until they are merged with the text: there the column is split off and kept for the step.
 
     aggregation: the family's numbers.
     """
@@ -69,19 +68,9 @@ class Nuwa:
     def encoder_scores(self, num_tokens: int) -> torch.Tensor | None:
         return self._anchor_scores
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: object,
-    ) -> torch.Tensor:
-        output = super().forward(
-            input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
-        )
+    def step_done(self, num_tokens: int) -> None:
+        super().step_done(num_tokens)
         self._anchor_scores = None
-        return output
 
 
 def with_anchor_column(embeddings: torch.Tensor, is_anchor: torch.Tensor) -> torch.Tensor:

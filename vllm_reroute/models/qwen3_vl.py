@@ -17,5 +17,5 @@ class RerouteQwen3VLForConditionalGeneration(Rerouted, Qwen3VLForConditionalGene
     def layer_additions(self, num_tokens: int) -> IntermediateTensors | None:
         return self._get_deepstack_input_embeds(num_tokens)
 
-    def layer_additions_done(self, num_tokens: int) -> None:
+    def step_done(self, num_tokens: int) -> None:
         self._clear_deepstack_input_embeds(num_tokens)

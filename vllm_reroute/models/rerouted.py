@@ -51,8 +51,8 @@ class Rerouted:
         """
         return None
 
-    def layer_additions_done(self, num_tokens: int) -> None:
-        """Called once the step's additions have been used."""
+    def step_done(self, num_tokens: int) -> None:
+        """Called at the end of every step, to drop what the step's embeddings brought along."""
 
     @classmethod
     def get_model_state_cls(cls) -> type:
@@ -77,8 +77,7 @@ class Rerouted:
         output = self.routed_decoder(
             inputs_embeds, positions, additions, self.encoder_scores(num_tokens)
         )
-        if additions is not None:
-            self.layer_additions_done(num_tokens)
+        self.step_done(num_tokens)
         return output
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

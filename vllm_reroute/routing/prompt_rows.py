@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_reroute.planning.step_plan import StepPlan
+from vllm_reroute.planning.step_plan import RequestRouting, StepPlan
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class PromptRows:
     slots: [P] int64, the same tokens in a padded [requests, width] table, flattened.
     last: [requests] int64, the layout's row of each last prompt token, which scores.
     lens, num_visual: prompt tokens and visual tokens present per request. num_rows: rows of the
-    layout. seeds: per request.
+    layout. requests: whose prompts these are.
     """
 
     rows: torch.Tensor
@@ -27,7 +27,7 @@ class PromptRows:
     lens: tuple[int, ...]
     num_visual: tuple[int, ...]
     num_rows: int
-    seeds: tuple[int, ...]
+    requests: tuple[RequestRouting, ...]
 
     @property
     def width(self) -> int:
@@ -66,7 +66,7 @@ class PromptRows:
             lens=lens,
             num_visual=num_visual,
             num_rows=lengths.num_tokens,
-            seeds=tuple(p.routing.seed for p in plan.prefills),
+            requests=tuple(p.routing for p in plan.prefills),
         )
 
 

@@ -26,6 +26,6 @@ class RandomScorer:
     ) -> torch.Tensor:
         """Uniform scores of all prompt tokens, fp32 [requests, width]; 0 past a prompt's end."""
         scores = np.zeros((len(prompts.lens), prompts.width), dtype=np.float32)
-        for row, length, seed in zip(scores, prompts.lens, prompts.seeds, strict=True):
-            row[:length] = np.random.default_rng([seed, self.layer]).random(length)
+        for row, length, request in zip(scores, prompts.lens, prompts.requests, strict=True):
+            row[:length] = np.random.default_rng([request.seed, self.layer]).random(length)
         return to_device(scores, stream.device)
