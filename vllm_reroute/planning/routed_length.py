@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from vllm_reroute.config.budget import num_kept_of_images
 from vllm_reroute.planning.visual_spans import VisualSpans
 
@@ -20,5 +22,9 @@ def routed_length(
     if spans is None:
         return num_tokens
     visual = spans.num_before(num_tokens)
-    kept = num_kept_of_images(spans.sizes, keep_ratio, encoder_ratio)
+    kept = _num_kept(spans.sizes, keep_ratio, encoder_ratio)
     return num_tokens - visual + min(visual, kept)
+
+
+# The scheduler asks for every request, group and step.
+_num_kept = lru_cache(maxsize=4096)(num_kept_of_images)

@@ -71,11 +71,19 @@ class StageLengths:
     @cached_property
     def query_start_loc(self) -> np.ndarray:
         """[requests + 1] int32."""
-        return np.concatenate(([0], np.cumsum(self.query_lens))).astype(np.int32)
+        starts = np.zeros(len(self.query_lens) + 1, dtype=np.int32)
+        np.cumsum(self.query_lens, out=starts[1:])
+        return starts
 
     @property
     def num_tokens(self) -> int:
         return int(self.query_start_loc[-1])
+
+    def request_and_position(self) -> tuple[np.ndarray, np.ndarray]:
+        """[tokens] each, for the tokens that run: their request, and their place in its K/V."""
+        request = np.repeat(np.arange(len(self.query_lens), dtype=np.int32), self.query_lens)
+        shift = self.seq_lens - self.query_start_loc[1:]
+        return request, np.arange(self.num_tokens, dtype=np.int32) + shift[request]
 
 
 @dataclass(frozen=True)
@@ -142,12 +150,11 @@ def plan_step(
             )
             skipped[i] = routing.deferred
             prefills.append(ImagePrefill(i, int(starts[i]), int(num_scheduled[i]), routing))
+    query_lens = (num_scheduled - skipped.T).astype(np.int32)
+    kv_lens = (seq_lens - held.T).astype(np.int32)
     lengths = {
-        ratio: StageLengths(
-            query_lens=(num_scheduled - skipped[:, g]).astype(np.int32),
-            seq_lens=(seq_lens - held[:, g]).astype(np.int32),
-        )
-        for g, ratio in enumerate(ratios)
+        ratio: StageLengths(query_lens=query, seq_lens=kv)
+        for ratio, query, kv in zip(ratios, query_lens, kv_lens, strict=True)
     }
     everyone = StageLengths(num_scheduled.astype(np.int32), seq_lens.astype(np.int32))
     return StepPlan(num_reqs, int(starts[-1]), lengths, tuple(prefills), everyone)

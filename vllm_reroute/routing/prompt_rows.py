@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vllm_reroute.planning.step_plan import RequestRouting, StepPlan
+from vllm_reroute.to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,3 @@ def visual_mask(plan: StepPlan, device: torch.device) -> torch.Tensor:
         prompt = slice(prefill.start, prefill.start + prefill.num_tokens)
         mask[prompt] = prefill.routing.spans.mask(prefill.num_tokens)
     return to_device(mask, device)
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy a host array without waiting for the device."""
-    host = torch.from_numpy(array)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

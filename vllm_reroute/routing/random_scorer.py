@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_reroute.routing.prompt_rows import PromptRows, to_device
+from vllm_reroute.routing.prompt_rows import PromptRows
+from vllm_reroute.to_device import to_device
 
 
 class RandomScorer:

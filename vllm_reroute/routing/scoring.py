@@ -11,7 +11,8 @@ from torch import nn
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from vllm_reroute.routing.prompt_rows import PromptRows, to_device
+from vllm_reroute.routing.prompt_rows import PromptRows
+from vllm_reroute.to_device import to_device
 
 HeadReduction = Literal["mean", "max"]
 

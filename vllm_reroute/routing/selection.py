@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vllm_reroute.routing.prompt_rows import PromptRows, to_device
+from vllm_reroute.routing.prompt_rows import PromptRows
+from vllm_reroute.to_device import to_device
 
 
 def select_rows(
