@@ -170,7 +170,7 @@ def test_tensors_stay_where_they_are(seed):
     )
 
     def addresses(compact):
-        layers = per_layer_metadata(compact_as_metadata(compact), buffers, 1, 1)
+        layers = per_layer_metadata(compact_as_metadata(compact), buffers.views(1, 1))
         views = [
             compact.seq_lens,
             compact.query_start_loc,
@@ -211,7 +211,7 @@ def compact_as_metadata(compact):
 def test_layers_share_all_but_their_blocks_and_slots():
     batch, buffers = Batch(STEPS["mixed"]), group_buffers()
     shared = compact_as_metadata(buffers.fill(batch.common(), batch.lengths))
-    layers = per_layer_metadata(shared, buffers, 5, batch.lengths.num_tokens)
+    layers = per_layer_metadata(shared, buffers.views(5, batch.lengths.num_tokens))
     assert len(layers) == LAYERS
     for layer, metadata in enumerate(layers):
         assert type(metadata) is Metadata and metadata.seq_lens is shared.seq_lens

@@ -85,10 +85,8 @@ def routed_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend]
             lengths = plan.lengths[self.keep_ratio] if plan else None
             compact = self.buffers.fill(common_attn_metadata, lengths)
             shared = super().build(0, compact, fast_build)
-            layers = per_layer_metadata(
-                shared, self.buffers, compact.num_reqs, compact.num_actual_tokens
-            )
-            return RoutedAttentionMetadata(plan, layers)
+            views = self.buffers.views(compact.num_reqs, compact.num_actual_tokens)
+            return RoutedAttentionMetadata(plan, per_layer_metadata(shared, views))
 
         def build_for_cudagraph_capture(
             self, common_attn_metadata: CommonAttentionMetadata

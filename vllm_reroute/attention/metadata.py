@@ -28,14 +28,24 @@ class RoutedAttentionMetadata:
     layers: tuple[Any, ...]
 
 
-def per_layer_metadata(shared: Any, buffers: GroupBuffers, num_reqs: int, num_tokens: int) -> Any:
+@dataclass(frozen=True)
+class StepViews:
+    """The rows of a group's buffers that a step of some size uses; block tables and slots per layer."""
+
+    num_reqs: int
+    num_tokens: int
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    block_tables: tuple[torch.Tensor, ...]
+    slot_mappings: tuple[torch.Tensor, ...]
+
+
+def per_layer_metadata(shared: Any, views: StepViews) -> tuple[Any, ...]:
     """One copy of the backend's metadata per layer, each with the layer's own blocks and slots."""
     layers = []
-    block_tables = buffers.block_tables[:, :num_reqs].unbind()
-    slot_mappings = buffers.slot_mappings[:, :num_tokens].unbind()
-    for blocks, slots in zip(block_tables, slot_mappings, strict=True):
+    for block_table, slot_mapping in zip(views.block_tables, views.slot_mappings, strict=True):
         metadata = copy(shared)
-        metadata.block_table, metadata.slot_mapping = blocks, slots
+        metadata.block_table, metadata.slot_mapping = block_table, slot_mapping
         layers.append(metadata)
     return tuple(layers)
 
@@ -71,6 +81,7 @@ class GroupBuffers:
         )
         self.seq_lens = torch.zeros(max_reqs, dtype=torch.int32, device=device)
         self.query_start_loc = torch.zeros(max_reqs + 1, dtype=torch.int32, device=device)
+        self._latest = self._sliced(0, 0)
 
     def fill(
         self, common: CommonAttentionMetadata, lengths: StageLengths | None
@@ -82,57 +93,70 @@ class GroupBuffers:
         """
         return self._fill_dense(common) if lengths is None else self._fill_compact(common, lengths)
 
+    def views(self, num_reqs: int, num_tokens: int) -> StepViews:
+        """Views of that size; most steps have the size of the one before."""
+        if (self._latest.num_reqs, self._latest.num_tokens) != (num_reqs, num_tokens):
+            self._latest = self._sliced(num_reqs, num_tokens)
+        return self._latest
+
+    def _sliced(self, num_reqs: int, num_tokens: int) -> StepViews:
+        return StepViews(
+            num_reqs,
+            num_tokens,
+            self.seq_lens[:num_reqs],
+            self.query_start_loc[: num_reqs + 1],
+            self.block_tables[:, :num_reqs].unbind(),
+            self.slot_mappings[:, :num_tokens].unbind(),
+        )
+
     def _fill_dense(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """A dummy run attends to whatever is there, and writes nowhere."""
-        num_reqs, num_tokens = common.num_reqs, common.num_actual_tokens
-        self.seq_lens[:num_reqs].copy_(common.seq_lens, non_blocking=True)
-        self.query_start_loc[: num_reqs + 1].copy_(common.query_start_loc, non_blocking=True)
-        self._deal_blocks(common.block_table_tensor, num_reqs, common.max_seq_len)
-        self.slot_mappings[:, :num_tokens].fill_(PAD_SLOT_ID)
-        return common.replace(**self._views(num_reqs, num_tokens))
+        views = self.views(common.num_reqs, common.num_actual_tokens)
+        views.seq_lens.copy_(common.seq_lens, non_blocking=True)
+        views.query_start_loc.copy_(common.query_start_loc, non_blocking=True)
+        self._deal_blocks(common.block_table_tensor, common.num_reqs, common.max_seq_len)
+        self.slot_mappings[:, : common.num_actual_tokens].fill_(PAD_SLOT_ID)
+        return _placed(common, views)
 
     def _fill_compact(
         self, common: CommonAttentionMetadata, lengths: StageLengths
     ) -> CommonAttentionMetadata:
         """This ratio's lengths and slots; padded rows and tokens stay padded."""
         num_reqs, planned, running = common.num_reqs, len(lengths.seq_lens), lengths.num_tokens
-        request, position = lengths.request_and_position()
         # One array, so that one copy takes it all to the device.
         host = np.zeros(2 * (num_reqs + running) + 1, dtype=np.int32)
-        seq_lens, query_start_loc, entries, offsets = np.split(
-            host, (num_reqs, 2 * num_reqs + 1, 2 * num_reqs + 1 + running)
+        seq_lens, starts, tokens = (
+            host[:num_reqs],
+            host[num_reqs:][: num_reqs + 1],
+            host[-2 * running :],
         )
         seq_lens[:planned] = lengths.seq_lens
-        query_start_loc[: planned + 1] = lengths.query_start_loc
-        query_start_loc[planned + 1 :] = running
+        starts[: planned + 1] = lengths.query_start_loc
+        starts[planned + 1 :] = running
+        request, position = lengths.request_and_position()
+        entries, offsets = tokens[:running], tokens[running:]
         np.divmod(position, self.block_size, out=(entries, offsets))
         entries += request * self.block_tables.shape[2]
         packed = to_device(host, self.device)
-        self.seq_lens[:num_reqs].copy_(packed[:num_reqs])
-        self.query_start_loc[: num_reqs + 1].copy_(packed[num_reqs : 2 * num_reqs + 1])
+
+        skipped = int(common.query_start_loc_cpu[planned]) - running
+        views = self.views(num_reqs, common.num_actual_tokens - skipped)
+        views.seq_lens.copy_(packed[:num_reqs])
+        views.query_start_loc.copy_(packed[num_reqs : 2 * num_reqs + 1])
         max_seq_len = int(lengths.seq_lens.max())
         self._deal_blocks(common.block_table_tensor, num_reqs, max_seq_len)
-        num_tokens = common.num_actual_tokens - int(common.query_start_loc_cpu[planned]) + running
-        self._fill_slots(*packed[2 * num_reqs + 1 :].view(2, running), num_tokens)
-        return common.replace(
-            **self._views(num_reqs, num_tokens),
-            seq_lens_cpu_upper_bound=torch.from_numpy(seq_lens),
-            query_start_loc_cpu=torch.from_numpy(query_start_loc),
-            num_actual_tokens=num_tokens,
-            max_query_len=int(lengths.query_lens.max()),
-            max_seq_len=max_seq_len,
-            positions=None,
-            _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
-        )
+        self._fill_slots(packed[-2 * running : -running], packed[-running:], views.num_tokens)
 
-    def _views(self, num_reqs: int, num_tokens: int) -> dict[str, torch.Tensor]:
-        return {
-            "seq_lens": self.seq_lens[:num_reqs],
-            "query_start_loc": self.query_start_loc[: num_reqs + 1],
-            "block_table_tensor": self.block_tables[0, :num_reqs],
-            "slot_mapping": self.slot_mappings[0, :num_tokens],
-        }
+        compact = _placed(common, views)
+        compact.seq_lens_cpu_upper_bound = torch.from_numpy(seq_lens)
+        compact.query_start_loc_cpu = torch.from_numpy(starts)
+        compact.num_actual_tokens = views.num_tokens
+        compact.max_query_len = int(lengths.query_lens.max())
+        compact.max_seq_len = max_seq_len
+        compact.positions = None
+        compact._num_computed_tokens_cache = None
+        compact._token_to_req_indices_cache = None
+        return compact
 
     def _deal_blocks(self, interleaved: torch.Tensor, num_reqs: int, max_seq_len: int) -> None:
         """Deal the group's block ids out to its layers, as far as this step reaches."""
@@ -147,7 +171,16 @@ class GroupBuffers:
         the block. Tokens from `running` to `num_tokens` are padding.
         """
         running = len(entries)
-        blocks = self.block_tables.flatten(1)[:, entries]
+        blocks = self.block_tables.flatten(1).index_select(1, entries)
         torch.add(offsets, blocks, alpha=self.block_size, out=self.slot_mappings[:, :running])
         if running < num_tokens:
             self.slot_mappings[:, running:num_tokens].fill_(PAD_SLOT_ID)
+
+
+def _placed(common: CommonAttentionMetadata, views: StepViews) -> CommonAttentionMetadata:
+    """A copy that reads the group's buffers, the first layer's blocks and slots among them."""
+    placed = copy(common)
+    placed.seq_lens, placed.query_start_loc = views.seq_lens, views.query_start_loc
+    placed.block_table_tensor = views.block_tables[0]
+    placed.slot_mapping = views.slot_mappings[0]
+    return placed

@@ -80,8 +80,14 @@ class StageLengths:
         return int(self.query_start_loc[-1])
 
     def request_and_position(self) -> tuple[np.ndarray, np.ndarray]:
-        """[tokens] each, for the tokens that run: their request, and their place in its K/V."""
-        request = np.repeat(np.arange(len(self.query_lens), dtype=np.int32), self.query_lens)
+        """[tokens] each, for the tokens that run: their request, and their place in its K/V.
+
+        Every request runs at least one token: all of its text, and a kept visual token.
+        """
+        requests = np.arange(len(self.query_lens), dtype=np.int32)
+        if self.num_tokens == len(requests):
+            return requests, self.seq_lens - 1
+        request = requests.repeat(self.query_lens)
         shift = self.seq_lens - self.query_start_loc[1:]
         return request, np.arange(self.num_tokens, dtype=np.int32) + shift[request]
 
