@@ -7,6 +7,7 @@ stopped, and a later run measures only what is missing. Nothing else should run 
     make bench ARGS="--only prefill machinery --rounds 9"
     make bench ARGS="--only serving --fresh"           # measure that part anew
     make bench ARGS="--model FOLDER --dtype bfloat16"  # a checkpoint of yours in LLaVA-1.5's format
+    make bench ARGS="--publish"                        # the report of what there is, for the repository
 """
 
 import argparse
@@ -25,6 +26,7 @@ from benchmarks.quality.model_shape import fingerprint
 from benchmarks.quality.provenance import this_run
 
 OUT = Path(__file__).resolve().parents[2] / ".local" / "bench"
+PUBLISHED = Path(__file__).resolve().parents[1] / "results"
 ROUNDS, QUICK_ROUNDS = 5, 2
 
 
@@ -61,6 +63,10 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--report", action="store_true", help="measure nothing, write the report of what there is"
     )
+    parser.add_argument(
+        "--publish", action="store_true",
+        help="measure nothing, write the report of what there is to benchmarks/results",
+    )  # fmt: skip
     parser.add_argument(
         "--model", type=Path, help="checkpoint folder in LLaVA-1.5's format, instead of seeded ones"
     )
@@ -112,10 +118,12 @@ def run(args: argparse.Namespace) -> dict:
     os.environ.update(device.environment())
     settings = settings_of(args)
     kept = Store(settings.folder / "waves", identity_of(settings))
-    not_finished = {} if args.report else measure_parts(args.only, settings, kept, args.fresh)
+    only_report = args.report or args.publish
+    not_finished = {} if only_report else measure_parts(args.only, settings, kept, args.fresh)
     found = report.collect(kept.folder) | {"not_finished": not_finished}
-    paths = report.write(found, settings.folder)
-    print((settings.folder / report.MARKDOWN_NAME).read_text(encoding="utf-8"))
+    folder = PUBLISHED if args.publish else settings.folder
+    paths = report.write(found, folder)
+    print((folder / report.MARKDOWN_NAME).read_text(encoding="utf-8"))
     print("Written: " + ", ".join(str(path) for path in paths), file=sys.stderr)
     return found
 

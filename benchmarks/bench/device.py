@@ -16,6 +16,8 @@ EAGER = not ON_GPU
 # Most that ever take turns in one wave, and what one of the wide model takes of main memory in fp32.
 MOST_AT_ONCE, LEAST_AT_ONCE = 8, 3
 ENGINE_GIB = 3.0
+# Starting an engine is mostly imports: one core's work each.
+STARTS_AT_ONCE = 1 if ON_GPU else 2
 
 
 def engines_at_once() -> int:

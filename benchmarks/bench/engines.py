@@ -2,7 +2,9 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 from benchmarks.bench import device
@@ -95,13 +97,15 @@ def started(
 ) -> Iterator[dict[str, Worker]]:
     """All engines by name, each in a process of its own, idle until asked."""
     with contextlib.ExitStack() as stack:
-        workers = {}
-        for number, spec in enumerate(specs, 1):
-            progress.say(f"starting engine {number} of {len(specs)}: {spec.name}")
-            worker = stack.enter_context(Worker(spec.name, settings.logs, settings.start_limit_s))
-            arguments = engine_arguments(settings, model, spec, room, requests)
-            worker.call(build_engine, arguments)
-            workers[spec.name] = worker
+        progress.say(f"starting {len(specs)} engines")
+        workers = {
+            spec.name: stack.enter_context(Worker(spec.name, settings.logs, settings.start_limit_s))
+            for spec in specs
+        }
+        arguments = [engine_arguments(settings, model, spec, room, requests) for spec in specs]
+        with ThreadPoolExecutor(device.STARTS_AT_ONCE) as pool:
+            # Listed, so that an engine's error is raised here.
+            list(pool.map(Worker.call, workers.values(), repeat(build_engine), arguments))
         yield workers
 
 

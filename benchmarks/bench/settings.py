@@ -29,20 +29,22 @@ TRIAL = replace(SHAPES["tiny-64-visual"], max_positions=4096)
 class Sizes:
     """What is asked of the engines.
 
-    wide, narrow: models. tiers: averages the prefill part covers. shallow_depth: of the stock engine
-    that tells fixed from per-layer time. groups: KV groups. levels: requests under way at once.
+    wide, narrow: models. tiers: averages the prefill part covers; nuwa_tier: the one it has Nüwa at.
+    shallow_depth: of the stock engine that tells fixed from per-layer time. groups: KV groups.
+    levels: requests under way at once; requests_per_level: requests of a run, as a multiple of them.
     depths: as shares of the model's. pool_requests: dense requests the capacity part's pool holds.
     """
 
     wide: LlavaShape
     narrow: LlavaShape
     tiers: tuple[int, ...]
+    nuwa_tier: int
     shallow_depth: int
     groups: tuple[int, ...]
     decode_tokens: int
     text_requests: int
     levels: tuple[int, ...]
-    requests_per_level: int
+    requests_per_level: float
     least_requests: int
     answer_tokens: int
     pool_requests: float
@@ -56,27 +58,29 @@ class Sizes:
 FULL = Sizes(
     wide=WIDE,
     narrow=NARROW,
-    tiers=(192, 128, 64),
+    tiers=(192, 64, 128),
+    nuwa_tier=128,
     shallow_depth=2,
-    groups=(1, 2, 5, 8, 12),
-    decode_tokens=24,
+    groups=(1, 2, 5, 12),
+    decode_tokens=20,
     text_requests=8,
     levels=(1, 2, 4, 8, 16, 32),
-    requests_per_level=2,
-    least_requests=8,
+    requests_per_level=1.5,
+    least_requests=6,
     answer_tokens=16,
     pool_requests=8.5,
     capacity_requests=40,
     images=(1, 2, 4, 8),
-    batches=(1, 2, 4, 8),
+    batches=(1, 2, 8),
     depths=(0.25, 0.5, 1.0),
-    reference_requests=4,
+    reference_requests=2,
 )
 QUICK = replace(
     FULL,
     wide=TRIAL,
     narrow=TRIAL,
     tiers=(192,),
+    nuwa_tier=192,
     groups=(1, 2, 5),
     decode_tokens=4,
     text_requests=2,

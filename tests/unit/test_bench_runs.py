@@ -82,7 +82,9 @@ def test_engines_of_a_wave_differ_only_in_what_is_compared(tmp_path):
 
 def test_pairs_of_a_tier_average_alike():
     for tier in FULL.tiers:
-        specs = prefill_part._of_tier(tier, WIDE)
+        specs = prefill_part._of_tier(tier, WIDE) + prefill_part._pair(
+            "nuwa", WIDE, tier, tier=tier
+        )
         pairs = {}
         for spec in specs:
             schedule = spec.schedule(WIDE)
@@ -227,6 +229,11 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     # The report alone measures nothing and minds nothing.
     args.report = True
     assert bench.run(args)["parts"] == found["parts"] and len(part.calls) == 5
+    monkeypatch.setattr(bench, "PUBLISHED", tmp_path / "published")
+    args.report, args.publish = False, True
+    assert bench.run(args)["parts"] == found["parts"] and len(part.calls) == 5
+    published = [path.read_text() for path in (tmp_path / "published").iterdir()]
+    assert len(published) == 2 and not any(str(tmp_path) in text for text in published)
 
 
 def test_threads_of_waiting_engines_do_not_spin(monkeypatch):

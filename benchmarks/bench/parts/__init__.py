@@ -14,9 +14,10 @@ from benchmarks.bench.parts import capacity, machinery, prefill, reference, scal
 
 PARTS: dict[str, ModuleType] = {
     "prefill": prefill,
+    "machinery": machinery,
     "serving": serving,
     "capacity": capacity,
-    "machinery": machinery,
     "reference": reference,
     "scaling": scaling,
 }
+"""In the order they are measured: a run that is cut off has the first ones."""

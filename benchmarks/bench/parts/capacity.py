@@ -16,7 +16,6 @@ TEXT_ROOM = 256
 ANSWER_TOKENS = 32
 CONFIGURATIONS = {
     STOCK: None,
-    "fastv reroute 192": {"schedule": "fastv", "tier": 192},
     "pdrop reroute 192": {"schedule": "pdrop", "tier": 192},
     "pdrop reroute 64": {"schedule": "pdrop", "tier": 64},
 }

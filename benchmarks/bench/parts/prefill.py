@@ -30,8 +30,8 @@ this one's in the same round. *Products* is the bare ratio of layer·token produ
 counts what routing cannot save: two stock engines of the same widths and different depths tell the time per layer
 from the fixed time, round by round, and limit = dense / (fixed + (dense - fixed) · products routed / products dense).
 *Reached* is speed-up over limit in the same round. Averages of remove and reroute are equal within a tier: `fastv` as
-published (its two actions average alike), `pdrop` solved for the tier with `--reroute-budget`, `nuwa` as published;
-the wave "published" has `pdrop` as published at the lowest tier."""
+published (its two actions average alike), `pdrop` solved for the tier with `--reroute-budget`, `nuwa` as published,
+in a wave of its own at one tier."""
 
 
 def waves(settings: Settings, progress: Progress) -> dict[str, Callable[[], dict]]:
@@ -42,33 +42,31 @@ def waves(settings: Settings, progress: Progress) -> dict[str, Callable[[], dict
     ]
     found = {}
     plans = {str(tier): _of_tier(tier, model) for tier in settings.sizes.tiers}
-    lowest = min(settings.sizes.tiers)
-    plans["published"] = [
-        _routed("pdrop", action, f"{lowest}, published", tier=lowest)
-        for action in ("remove", "reroute")
-    ]
+    plans["nuwa"] = _pair("nuwa", model, settings.sizes.nuwa_tier, tier=settings.sizes.nuwa_tier)
     for name, specs in plans.items():
-        for number, wave in enumerate(chunked(base, specs, settings.at_once)):
+        waves_of_plan = chunked(base, specs, settings.at_once) if specs else []
+        for number, wave in enumerate(waves_of_plan):
             key = f"{name}-{number + 1}" if number else name
             found[key] = partial(_measure, settings, model, wave, progress)
     found["compiled"] = partial(_measure, settings, model, _compiled(), progress)
     return found
 
 
-def _routed(schedule: str, action: str, label: object, **how: Any) -> EngineSpec:
-    options = {"schedule": schedule, "action": action, **how}
-    return EngineSpec(name=f"{schedule} {action} {label}", options=options)
-
-
 def _of_tier(tier: int, model: BenchModel) -> list[EngineSpec]:
-    """Remove and reroute of every schedule, in pairs of equal averages."""
+    """Remove and reroute of both schedules, in pairs of equal averages."""
+    return [
+        *_pair("fastv", model, tier, tier=tier),
+        *_pair("pdrop", model, tier, budget=float(tier)),
+    ]
+
+
+def _pair(schedule: str, model: BenchModel, label: int, **how: Any) -> list[EngineSpec]:
     specs = [
-        _routed("fastv", "remove", tier, tier=tier),
-        _routed("fastv", "reroute", tier, tier=tier),
-        _routed("pdrop", "remove", tier, budget=float(tier)),
-        _routed("pdrop", "reroute", tier, budget=float(tier)),
-        _routed("nuwa", "remove", tier, tier=tier),
-        _routed("nuwa", "reroute", tier, tier=tier),
+        EngineSpec(
+            name=f"{schedule} {action} {label}",
+            options={"schedule": schedule, "action": action, **how},
+        )
+        for action in ("remove", "reroute")
     ]
     return [spec for spec in specs if _reachable(spec, model)]
 

@@ -17,7 +17,6 @@ from vllm_reroute.cost_model import DecoderShape, RequestCost, vision_shape
 TITLE = "Scaling"
 TEXT_ROOM = 256
 CONFIGURATIONS = {
-    "fastv remove 192": {"schedule": "fastv", "action": "remove", "tier": 192},
     "pdrop reroute 192": {"schedule": "pdrop", "tier": 192},
 }
 AXES = {"images": "images per prompt", "batch": "requests at once", "depth": "decoder layers"}

@@ -22,7 +22,6 @@ SERVED_NAME = "bench"
 DENSE = "dense"
 SERVERS = {
     DENSE: None,
-    "fastv reroute 192": RerouteOptions(schedule="fastv", tier=192),
     "pdrop reroute 192": RerouteOptions(schedule="pdrop", tier=192),
 }
 # Random texts grow when their tokens are joined and split again.
@@ -77,8 +76,10 @@ def _measure(settings: Settings, progress: Progress) -> dict:
         client = stack.enter_context(Worker("client", settings.logs))
         seeds = iter(range(1, 10**6))
 
-        def run(name: str, at_once: int, seed: int) -> dict:
-            requests = max(sizes.least_requests, sizes.requests_per_level * at_once)
+        def run(name: str, at_once: int, seed: int, warming_up: bool) -> dict:
+            requests = sizes.least_requests
+            if not warming_up:
+                requests = max(requests, int(sizes.requests_per_level * at_once))
             words = command(
                 urls[name], model.folder, SERVED_NAME, IMAGE_SIZE, requests, at_once,
                 sizes.answer_tokens, seed,
@@ -95,7 +96,7 @@ def _measure(settings: Settings, progress: Progress) -> dict:
                 name: str, level: int = level, turns: list = turns, asked: dict = asked
             ) -> dict:
                 asked[name] += 1
-                return run(name, level, turns[asked[name] - 1])
+                return run(name, level, turns[asked[name] - 1], warming_up=asked[name] == 1)
 
             levels[str(level)] = take_turns(list(urls), ask, settings.rounds, progress)
     return {"levels": levels, "answer_tokens": sizes.answer_tokens}
