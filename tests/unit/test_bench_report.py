@@ -253,7 +253,7 @@ def write_waves(folder, waves, **identity):
 def test_the_whole_report(tmp_path):
     write_waves(tmp_path / "waves", ALL_PARTS)
     found = report.collect(tmp_path / "waves") | {"not_finished": {}}
-    assert list(found["parts"]) == ["prefill", "serving", "capacity", "machinery", "scaling"]
+    assert list(found["parts"]) == ["prefill", "machinery", "serving", "capacity", "scaling"]
     assert found["missed"] == 1
     paths = report.write(found, tmp_path)
     text = (tmp_path / "bench.md").read_text()
