@@ -30,7 +30,8 @@ class Sizes:
     """What is asked of the engines.
 
     wide, narrow: models. tiers: averages the prefill part covers; nuwa_tier: the one it has Nüwa at.
-    shallow_depth: of the stock engine that tells fixed from per-layer time. groups: KV groups.
+    shallow_depth: of the stock engine that tells fixed from per-layer time. compiled_depth: of the
+    engines that are compiled, since stock's one graph of 32 layers takes minutes. groups: KV groups.
     levels: requests under way at once; requests_per_level: requests of a run, as a multiple of them.
     depths: as shares of the model's. pool_requests: dense requests the capacity part's pool holds.
     """
@@ -40,6 +41,7 @@ class Sizes:
     tiers: tuple[int, ...]
     nuwa_tier: int
     shallow_depth: int
+    compiled_depth: int
     groups: tuple[int, ...]
     decode_tokens: int
     text_requests: int
@@ -61,6 +63,7 @@ FULL = Sizes(
     tiers=(192, 64, 128),
     nuwa_tier=128,
     shallow_depth=2,
+    compiled_depth=8,
     groups=(1, 2, 5, 12),
     decode_tokens=20,
     text_requests=8,

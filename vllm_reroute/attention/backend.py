@@ -116,9 +116,9 @@ def routed_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend]
                 metadata = attn_metadata.layers[layer.layer_in_group]
                 if not underlying.forward_includes_kv_cache_update:
                     slots = metadata.slot_mapping
-                    self.do_kv_cache_update(
-                        layer, key[: len(slots)], value[: len(slots)], kv_cache, slots
-                    )
+                    if len(key) > len(slots):
+                        key, value = key[: len(slots)], value[: len(slots)]
+                    self.do_kv_cache_update(layer, key, value, kv_cache, slots)
             return super().forward(
                 layer, query, key, value, kv_cache, metadata, output, *args, **kwargs
             )

@@ -48,7 +48,8 @@ def waves(settings: Settings, progress: Progress) -> dict[str, Callable[[], dict
         for number, wave in enumerate(waves_of_plan):
             key = f"{name}-{number + 1}" if number else name
             found[key] = partial(_measure, settings, model, wave, progress)
-    found["compiled"] = partial(_measure, settings, model, _compiled(), progress)
+    compiled = _compiled(settings.sizes.compiled_depth)
+    found["compiled"] = partial(_measure, settings, model, compiled, progress)
     return found
 
 
@@ -80,12 +81,14 @@ def _reachable(spec: EngineSpec, model: BenchModel) -> bool:
     return True
 
 
-def _compiled() -> list[EngineSpec]:
+def _compiled(depth: int) -> list[EngineSpec]:
     specs = []
     for name, options in ((STOCK, None), ("pdrop reroute 192", {"schedule": "pdrop", "tier": 192})):
         for compiled in (False, True):
             how = "compiled" if compiled else "eager"
-            specs.append(EngineSpec(name=f"{name}, {how}", options=options, compiled=compiled))
+            specs.append(
+                EngineSpec(name=f"{name}, {how}", options=options, depth=depth, compiled=compiled)
+            )
     return specs
 
 
@@ -236,6 +239,7 @@ def _compiled_rows(wave: Mapping) -> list[dict]:
         rows.append(
             {
                 "engine": name,
+                "depth": wave["engines"][name]["depth"],
                 "seconds": Spread.of(own).as_row(),
                 "speed_up": Spread.of(paired(times[f"{STOCK}, {how}"], own)).as_row(),
                 "over_eager": Spread.of(paired(times[f"{what}, eager"], own)).as_row(),
@@ -274,7 +278,8 @@ def markdown(found: dict) -> Iterator[str]:
                 f"{shown(row['limit'])} | {shown(row['reached'])} |"
             )
     if found["compiled"]:
-        yield "\nEager and compiled (`torch.compile`), in a wave of their own:\n"
+        depth = found["compiled"][0]["depth"]
+        yield f"\nEager and compiled (`torch.compile`), in a wave of their own, with {depth} layers:\n"
         yield "| engine | first token, ms | over stock run the same way | over itself, eager |"
         yield "|---|---|---|---|"
         for row in found["compiled"]:
