@@ -87,6 +87,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--start-limit", type=float, default=900, help="seconds an engine may take to answer"
     )
     args = parser.parse_args(words)
+    if args.publish and args.quick:
+        parser.error("--publish is not for --quick: a trial's numbers mean nothing.")
     if args.rounds is None:
         args.rounds = QUICK_ROUNDS if args.quick else ROUNDS
     if args.rounds < 1:

@@ -274,7 +274,14 @@ def test_a_worker_keeps_its_state_and_reports_errors(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [["--rounds", "0"], ["--only", "nothing"], ["--at-once", "2"], ["--dtype", "int8"]]
+    "words",
+    [
+        ["--rounds", "0"],
+        ["--only", "nothing"],
+        ["--at-once", "2"],
+        ["--dtype", "int8"],
+        ["--publish", "--quick"],
+    ],
 )
 def test_arguments_that_make_no_sense_are_refused(words, capsys):
     with pytest.raises(SystemExit) as stopped:
