@@ -31,13 +31,13 @@ help: ## show this list
 
 setup: $(READY) ## create .venv with vLLM and this package
 
-demo: $(READY) ## ask a routed and a dense server about a photo, compare KV memory and time to first token
+demo: $(READY) ## ask a routed and a dense server about a picture, compare KV memory and time to first token
 	@$(OFFLINE) $(BIN)/python -m benchmarks.demo $(ARGS)
 
 quality: $(READY) ## ask dense, routed and downsampled servers the same questions, compare (ARGS="--quick" for a trial)
 	@$(OFFLINE) $(BIN)/python -m benchmarks.quality $(ARGS)
 
-bench: $(READY) ## measure routed engines against stock vLLM, about an hour (ARGS="--quick" for a trial)
+bench: $(READY) ## measure routed engines against stock vLLM, about 40 minutes (ARGS="--quick" for a trial)
 	@$(OFFLINE) $(BIN)/python -m benchmarks.bench $(ARGS)
 
 test: $(READY) ## run the tests (ARGS="-k name" for some of them)
@@ -45,8 +45,7 @@ test: $(READY) ## run the tests (ARGS="-k name" for some of them)
 	  $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
 
 serve: $(READY) ## serve the demo's model, for example ARGS="--reroute-schedule pdrop --port 8000"
-	@model=$$($(OFFLINE) $(BIN)/python -m benchmarks.local_model) && \
-	$(OFFLINE) $(BIN)/vllm serve $$model --max-model-len 2048 $(ARGS)
+	@$(OFFLINE) $(BIN)/vllm serve benchmarks/grounding/model --max-model-len 2048 $(ARGS)
 
 lint: $(READY) ## check style
 	@$(BIN)/ruff check .

@@ -1,11 +1,13 @@
-"""`make demo`: one photograph and one question, answered by a routed and by a dense server of the same model.
+"""`make demo`: one picture and one question, answered by a routed and by a dense server of the same model.
 
-Prints the answer, then what routing saved: visual tokens per stage, KV memory, time to first token. Prefix caching
-and the image processor's cache are off in both servers: repeats of one request would otherwise measure the caches.
+The picture is a rendered scene that the model was not trained on; its question takes two looks. Prints the answers,
+then what routing saved: visual tokens per stage, KV memory, time to first token. Prefix caching and the image
+processor's cache are off in both servers: repeats of one request would otherwise measure the caches.
 """
 
 import argparse
 import base64
+import io
 import json
 import shutil
 import signal
@@ -17,18 +19,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import openai
+from PIL import Image
 
-from benchmarks.local_model import default_model
-from benchmarks.local_server import LocalServer, say
-from benchmarks.photos import PHOTOS, Photo, photo
+from benchmarks.grounding.evaluate import MODEL
+from benchmarks.grounding.questions import KINDS, questions
+from benchmarks.local_server import LOGS, LocalServer, say
 
 # Small, so that a block is a visible share of the pool.
 POOL_BYTES = 256 * 2**20
-ANSWER_TOKENS = 32
+ANSWER_TOKENS = 16
+PICTURE = LOGS.parent / "demo.png"
 # On CPU vLLM would take 128 and round both servers up; the smallest that each kind of backend supports is fairer.
 ON_GPU = shutil.which("nvidia-smi") is not None
 BLOCK_SIZE = 16 if ON_GPU else 32
 DTYPE = "bfloat16" if ON_GPU else "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked. right: the known answer, if there is one. png: the picture as a client would upload it."""
+
+    question: str
+    right: str | None
+    png: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,25 +69,20 @@ def main() -> None:
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # Unwinds, so that the server is stopped.
     try:
-        model = args.model or default_model()
-        picture = photo(args.photo)
-        print(
-            f"Photo: {picture.name} ({picture.source}; {picture.licence})\nQuestion: {args.question}\n",
-            flush=True,
-        )
-        flags = routing_flags(args)
-        routed = measure("routed", model, flags, picture, args)
-        print(f"Answer (routed): {routed.answer}\n", flush=True)
-        dense = measure("dense", model, [], picture, args)
-        print(f"Answer (dense):  {dense.answer}\n", flush=True)
+        request = request_of(args)
+        print(f"Picture:  {shown(PICTURE)}\nQuestion: {request.question}", flush=True)
+        if request.right:
+            print(f"Right is: {request.right}", flush=True)
+        routed = measure("routed", args.model, routing_flags(args), request, args)
+        print(f"Routed:   {routed.answer}", flush=True)
+        dense = measure("dense", args.model, [], request, args)
+        print(f"Dense:    {dense.answer}\n", flush=True)
     except KeyboardInterrupt:
         sys.exit("\nStopped; no server is left running.")
     except (RuntimeError, ValueError, openai.APIError) as error:
         sys.exit(f"The demo could not finish: {error}")
-    print("\n".join(stage_table(model, args.schedule, args.tier)))
+    print("\n".join(stage_table(args.model, args.schedule, args.tier)))
     print("\n".join(comparison_table(routed, dense)))
-    if not args.model:
-        print("\nThe demo's model has random weights: its answers are words, not sense.")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -82,12 +90,22 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", type=Path, help="a LLaVA-1.5 checkpoint folder; default: a small one made here"
+        "--model",
+        type=Path,
+        default=MODEL,
+        help="a LLaVA-1.5 checkpoint folder (default: the small one trained on such scenes)",
     )
     parser.add_argument("--schedule", default="pdrop", help="routing schedule (default: pdrop)")
     parser.add_argument("--tier", type=int, default=192, help="published tier (default: 192)")
-    parser.add_argument("--photo", default="astronaut", choices=[each.name for each in PHOTOS])
-    parser.add_argument("--question", default="What is shown in this image?")
+    parser.add_argument(
+        "--kind", default="beside-label", choices=list(KINDS),
+        help="of question about the scene (default: beside-label)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--number", type=int, default=1, help="which of them, other numbers have other scenes"
+    )
+    parser.add_argument("--picture", type=Path, help="a picture of yours; needs --question")
+    parser.add_argument("--question", help="about that picture")
     parser.add_argument(
         "--repeats", type=int, default=5, help="timed requests per server (default: 5)"
     )
@@ -97,7 +115,31 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats} must be 1 or more.")
+    if args.number < 1:
+        parser.error(f"--number {args.number} must be 1 or more.")
+    if (args.picture is None) != (args.question is None):
+        parser.error("--picture and --question go together: a rendered scene has its own question.")
     return args
+
+
+def request_of(args: argparse.Namespace) -> Request:
+    """The wanted question, or the user's. Its picture is left where it can be looked at."""
+    if args.picture:
+        image, question, right = Image.open(args.picture).convert("RGB"), args.question, None
+    else:
+        of_kind = list(KINDS).index(args.kind)
+        found = list(questions("test", (args.number - 1) * len(KINDS) + of_kind + 1))[-1]
+        image, question, right = found.image, found.text, found.answer
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    PICTURE.write_bytes(buffer.getvalue())
+    return Request(question=question, right=right, png=buffer.getvalue())
+
+
+def shown(path: Path) -> Path:
+    """Relative to where the user is, if it lies there."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def routing_flags(args: argparse.Namespace) -> list[str]:
@@ -122,7 +164,7 @@ def serve_flags() -> list[str]:
 
 
 def measure(
-    name: str, model: Path, flags: list[str], picture: Photo, args: argparse.Namespace
+    name: str, model: Path, flags: list[str], request: Request, args: argparse.Namespace
 ) -> Measured:
     """Starts a server, asks once for the answer and KV use, then `repeats` times for time to first token."""
     with LocalServer(name, model, [*serve_flags(), *flags], args.start_limit) as server:
@@ -131,13 +173,13 @@ def measure(
         )
         # The first request compiles and fills allocators; its time is discarded.
         words, used = [], 0.0
-        for word in ask(client, picture, args.question, ANSWER_TOKENS):
+        for word in ask(client, request, ANSWER_TOKENS):
             words.append(word)
             used = max(used, server.metric("vllm:kv_cache_usage_perc"))
         seconds = []
         for repeat in range(args.repeats):
             say(f"timing the {name} server, request {repeat + 1} of {args.repeats}")
-            seconds.append(seconds_to_first_token(client, picture, args.question))
+            seconds.append(seconds_to_first_token(client, request))
         num_blocks = int(server.label("vllm:cache_config_info", "num_gpu_blocks"))
     return Measured(
         answer="".join(words).strip(),
@@ -148,12 +190,12 @@ def measure(
     )
 
 
-def ask(client: openai.OpenAI, picture: Photo, question: str, max_tokens: int) -> Iterator[str]:
+def ask(client: openai.OpenAI, request: Request, max_tokens: int) -> Iterator[str]:
     """Streams the answer's text as the server sends it."""
-    data = base64.b64encode(picture.jpeg).decode()
+    data = base64.b64encode(request.png).decode()
     content = [
-        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}},
-        {"type": "text", "text": question},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
+        {"type": "text", "text": request.question},
     ]
     stream = client.chat.completions.create(
         model="demo",
@@ -168,10 +210,10 @@ def ask(client: openai.OpenAI, picture: Photo, question: str, max_tokens: int) -
                 yield chunk.choices[0].delta.content
 
 
-def seconds_to_first_token(client: openai.OpenAI, picture: Photo, question: str) -> float:
+def seconds_to_first_token(client: openai.OpenAI, request: Request) -> float:
     """From sending the request to the first word of the answer, image upload and processing included."""
     started = time.perf_counter()
-    for _ in ask(client, picture, question, max_tokens=1):
+    for _ in ask(client, request, max_tokens=1):
         return time.perf_counter() - started
     raise RuntimeError("The server sent no text. Its log is in .local/logs.")
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.local_model --shape demo --out .local/models/demo-llava
 
-Prints the folder. Without options that is the demo's model.
+Prints the folder.
 """
 
 import argparse
@@ -131,11 +131,6 @@ SHAPES: dict[str, LlavaShape] = {
 DEMO = SHAPES["demo"]
 
 
-def default_model() -> Path:
-    """The model of the demo, of `make serve` and of measurements; made on first use."""
-    return build_local_model(MODELS / "demo-llava", DEMO)
-
-
 def build_local_model(path: Path | str, shape: LlavaShape) -> Path:
     """Makes the checkpoint at `path` unless it is there already."""
     return build_folder(path, {"recipe": RECIPE, **asdict(shape)}, partial(_save, shape=shape))
@@ -220,15 +215,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="default: the demo's model")
+    parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
     parser.add_argument(
         "--out", type=Path, help="folder to make; default: .local/models/SHAPE-llava"
     )
     args = parser.parse_args()
-    if args.shape is None:
-        print(build_local_model(args.out, DEMO) if args.out else default_model())
-    else:
-        print(build_local_model(args.out or MODELS / f"{args.shape}-llava", SHAPES[args.shape]))
+    print(build_local_model(args.out or MODELS / f"{args.shape}-llava", SHAPES[args.shape]))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.grounding.lessons import TAUGHT
+from benchmarks.grounding.guidance import SUBJECT_LAYERS, TARGET_LAYERS
+from benchmarks.grounding.questions import KINDS
 from benchmarks.grounding.vocabulary import ATTRIBUTES
 
 COLUMNS = (
-    "phase", "step", "cpu_s", "loss", "sight_loss",
-    *(f"sees_{name}" for name in ATTRIBUTES), *TAUGHT,
+    "phase", "step", "cpu_s", "loss", "guidance_loss", "naming_loss",
+    *(f"names_{name}" for name in ATTRIBUTES), *KINDS,
 )  # fmt: skip
 
 
@@ -24,29 +25,32 @@ class Curve:
         self._clear()
 
     def _clear(self) -> None:
-        self.losses: list[float] = []
-        self.sight: list[list[float]] = []
-        self.asked = [0] * len(TAUGHT)
-        self.right = [0] * len(TAUGHT)
+        self.answering: list[list[float]] = []
+        self.naming: list[list[float]] = []
+        self.asked = [0] * len(KINDS)
+        self.right = [0] * len(KINDS)
 
-    def add_sight(self, loss: Tensor, shares: Tensor) -> None:
-        self.sight.append([loss.item(), *shares.tolist()])
+    def add_naming(self, loss: Tensor, shares: Tensor) -> None:
+        self.naming.append([loss.item(), *shares.tolist()])
 
-    def add_answers(self, loss: Tensor, asked: Tensor, right: Tensor) -> None:
-        self.losses.append(loss.item())
+    def add_answers(self, loss: Tensor, guidance: Tensor, asked: Tensor, right: Tensor) -> None:
+        self.answering.append([loss.item(), guidance.item()])
         self.asked = [a + b for a, b in zip(self.asked, asked.tolist(), strict=True)]
         self.right = [a + b for a, b in zip(self.right, right.tolist(), strict=True)]
 
     def close(self, phase: str, step: int) -> str:
         """Appends the row of that step and returns it as a line to print."""
-        sight = [sum(values) / len(self.sight) for values in zip(*self.sight, strict=True)]
-        loss = f"{sum(self.losses) / len(self.losses):.3f}" if self.losses else ""
+        answering = _means(self.answering) or ["", ""]
         shares = [f"{r / a:.3f}" if a else "" for r, a in zip(self.right, self.asked, strict=True)]
-        numbers = [f"{value:.3f}" for value in sight]
-        values = (phase, str(step), f"{time.process_time():.0f}", loss, *numbers, *shares)
+        cpu_s = f"{time.process_time():.0f}"
+        values = (phase, str(step), cpu_s, *answering, *_means(self.naming), *shares)
         self.rows.append(dict(zip(COLUMNS, values, strict=True)))
         self._clear()
         return " ".join(f"{k}={v}" for k, v in self.rows[-1].items() if v)
+
+
+def _means(rows: list[list[float]]) -> list[str]:
+    return [f"{sum(column) / len(column):.3f}" for column in zip(*rows, strict=True)]
 
 
 def write_curve(path: Path, rows: list[dict[str, str]]) -> None:
@@ -65,9 +69,14 @@ def write_card(
 ) -> None:
     write_curve(folder / "curve.csv", rows)
     table = "\n".join(f"| {kind} | {100 * share:.1f} % |" for kind, share in shares.items())
-    (folder / "README.md").write_text(
-        CARD.format(table=table, asked=asked, **done), encoding="utf-8"
+    card = CARD.format(
+        table=table,
+        asked=asked,
+        subject=f"{SUBJECT_LAYERS[0]} to {SUBJECT_LAYERS[-1]}",
+        target=f"{TARGET_LAYERS[0]} to {TARGET_LAYERS[-1]}",
+        **done,
     )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 CARD = """---
@@ -76,8 +85,9 @@ pipeline_tag: image-text-to-text
 ---
 # Grounding LLaVA
 
-A LLaVA-1.5 (CLIP tower, projector, 12-layer Llama decoder, 144 visual tokens) small enough to be trained on two CPU
-cores. It answers questions about rendered scenes of labelled shapes, and nothing else.
+A LLaVA-1.5 (CLIP tower, projector, 32-layer Llama decoder, 144 visual tokens) small enough to be trained on two CPU
+cores. It answers questions about rendered scenes of labelled shapes, and nothing else. Its decoder is as deep as
+LLaVA-1.5-7B's, so published decision layers apply as they stand.
 
 ## Data
 Scenes from `benchmarks/grounding/scenes.py`: 5 to 9 labelled, coloured shapes on a 4x4 grid of places, on crops of
@@ -85,9 +95,14 @@ four photographs that scikit-image ships (public domain or CC0), clouds or strip
 `benchmarks/grounding/questions.py`. Train, validation and test use disjoint ranges of scene seeds.
 
 ## Training
-`python -m benchmarks.grounding.train`: {seeing} steps in which the tower learns to name what each patch shows, then
-{answering} steps of questions, many about a picture in one pass, none seeing another, with the naming loss kept as a
-second aim. Token routing has no part in training. `curve.csv` holds the learning curve (fresh training pictures).
+`python -m benchmarks.grounding.train`, seed 0: {seeing} steps in which the tower learns to name what each patch shows,
+then {answering} steps of questions, many about a picture in one pass, none seeing another, with the naming loss kept as
+a second aim. Token routing has no part in training. `curve.csv` holds the learning curve (fresh training pictures).
+
+**Guided attention.** While it learned to answer, one head of each layer was told where to look: in layers {subject}
+at what the question names, in layers {target} at what the answer is read from (`guidance.py`). The guidance fades to
+nothing before training ends. So this model looks at different tokens at different depths because it was taught to;
+how far larger models do so by themselves, it cannot tell.
 
 ## Exact answers
 Greedy, {asked} questions of the test split, weights as saved (bf16), computed in fp32.

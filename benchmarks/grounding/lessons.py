@@ -1,4 +1,4 @@
-"""Training batches: pictures, packed questions about them, and what each patch shows."""
+"""Training batches: pictures, packed questions about them, where to look, and what each patch shows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,120 +9,181 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from benchmarks.grounding.guidance import Guide
 from benchmarks.grounding.packing import Lines, pack
-from benchmarks.grounding.questions import KINDS
+from benchmarks.grounding.questions import KINDS, Asked
 from benchmarks.grounding.scenes import GRID, Scene, render, sample_scene
-from benchmarks.grounding.stepping_stones import STEPPING_STONES
 from benchmarks.grounding.vocabulary import (
+    ATTRIBUTES,
     CELLS,
+    IGNORED,
+    IMAGE_TOKEN,
+    PARTS,
     PATCH_SIZE,
     PATCHES,
     answer_tokens,
     attribute_indices,
+    prompt_start,
     question_tokens,
-    word,
+    token,
 )
 
-LINE_LENGTH = 56
-FACT = "fact"
-TAUGHT = (*KINDS, *STEPPING_STONES, FACT)
-ONE_HOP = tuple(KINDS)[:4]
+LINES, LINE_LENGTH = 5, 56
+# A question with its answer takes at least so many tokens.
+SHORTEST = 8
+COUNT = "count"
+PER_PLACE = PATCHES // GRID
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     pixels: Tensor  # uint8 [pictures, 3, size, size]
     attributes: Tensor  # int64 [pictures, patches, attributes]: indices into vocabulary.ATTRIBUTES
-    lines: Lines | None  # of the first pictures; None if nothing is asked
-    kinds: Tensor  # int64 [asked, questions]: index into TAUGHT, -1 none
+    lines: Lines | None  # None if nothing is asked
+    guide: Guide | None
+    kinds: Tensor  # int64 [pictures, questions]: index into KINDS, -1 none
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A number of steps on questions of these kinds, each kind as often as it is named."""
+class Lesson:
+    """What a step is about. kinds: of questions, each as often as it is named; none if nothing is asked."""
 
-    steps: int
     pictures: int
-    # How many of the pictures are asked about; the others are only looked at.
-    asked: int = 0
     kinds: tuple[str, ...] = ()
-    lines: int = 0
 
 
 class Lessons(Dataset):
     """Step -> its batch. Every step of every worker has scenes of its own."""
 
-    def __init__(self, stage: Stage, first_seed: int, worker: int = 0, workers: int = 1) -> None:
-        self.stage, self.first_seed = stage, first_seed
+    def __init__(self, lesson: Lesson, first_seed: int, worker: int = 0, workers: int = 1) -> None:
+        self.lesson, self.first_seed = lesson, first_seed
         self.worker, self.workers = worker, workers
 
     def __getitem__(self, step: int) -> Batch:
-        pictures = self.stage.pictures
+        pictures = self.lesson.pictures
         start = self.first_seed + (step * self.workers + self.worker) * pictures
-        return batch_of(range(start, start + pictures), self.stage)
+        return batch_of(range(start, start + pictures), self.lesson.kinds)
 
 
-def batch_of(seeds: Sequence[int], stage: Stage) -> Batch:
-    """Scenes of those seeds, with random questions about the first `stage.asked` of them."""
+def batch_of(seeds: Sequence[int], kinds: Sequence[str]) -> Batch:
+    """Scenes of those seeds, with random questions of those kinds about each."""
     scenes = [sample_scene(seed) for seed in seeds]
-    packed, asked = [], []
-    for scene in scenes[: stage.asked]:
-        exchanges, of_kind = _exchanges(scene, stage.kinds, stage.lines)
-        packed.append(pack(exchanges, stage.lines, LINE_LENGTH))
-        laid_out = int(packed[-1]["owner"].max()) + 1
-        asked.append([*of_kind[:laid_out], *[-1] * (len(of_kind) - laid_out)])
-    names = packed[0] if packed else ()
+    attributes = [patch_attributes(scene) for scene in scenes]
     pixels = np.stack([np.asarray(render(scene)) for scene in scenes])
+    lines, guide, of_kind = (
+        _questions(scenes, attributes, kinds) if kinds else (None, None, torch.empty(0))
+    )
     return Batch(
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
-        attributes=torch.tensor([patch_attributes(scene) for scene in scenes]),
-        lines=Lines(**{n: torch.stack([each[n] for each in packed]) for n in names})
-        if names
-        else None,
-        kinds=torch.tensor(asked),
+        attributes=torch.from_numpy(np.stack(attributes)),
+        lines=lines,
+        guide=guide,
+        kinds=of_kind,
     )
 
 
-def _exchanges(scene: Scene, kinds: Sequence[str], lines: int) -> tuple[list, list[int]]:
-    """More (question, answer) token pairs than fit, kinds in random order, and the kind of each."""
-    rng = np.random.default_rng([scene.seed, 3])
-    exchanges, of_kind = [], []
-    most = lines * LINE_LENGTH // (4 if FACT in kinds else 8)
-    while len(exchanges) < most:
-        kind = kinds[rng.integers(len(kinds))]
-        if kind == FACT:
-            words = fact(scene, rng)
-            exchanges.append((words[:1], words[1:]))
-            of_kind.append(TAUGHT.index(kind))
-            continue
-        pair = (STEPPING_STONES.get(kind) or KINDS[kind])(scene, rng)
-        if pair is not None:
-            exchanges.append((question_tokens(pair[0]), answer_tokens(pair[1])))
-            of_kind.append(TAUGHT.index(kind))
-    return exchanges, of_kind
+def _questions(
+    scenes: Sequence[Scene], attributes: Sequence[np.ndarray], kinds: Sequence[str]
+) -> tuple[Lines, Guide, Tensor]:
+    packed, guides, of_kind = [], [], []
+    for scene, shown in zip(scenes, attributes, strict=True):
+        rng = np.random.default_rng([scene.seed, 3])
+        asked: list[tuple[str, Asked]] = []
+        while len(asked) < LINES * LINE_LENGTH // SHORTEST:
+            kind = kinds[rng.integers(len(kinds))]
+            if (found := KINDS[kind](scene, rng)) is not None:
+                asked.append((kind, found))
+        words = [(question_tokens(a.text), answer_tokens(a.answer)) for _, a in asked]
+        packed.append(pack(words, LINES, LINE_LENGTH))
+        guides.append(_guide(packed[-1], asked, shown))
+        laid_out = int(packed[-1]["owner"].max()) + 1
+        numbers = [list(KINDS).index(kind) for kind, _ in asked]
+        of_kind.append([*numbers[:laid_out], *[-1] * (len(asked) - laid_out)])
+    most = max(len(each["rows"]) for each in guides)
+    fill = {"rows": -1, "subject": False, "target": False, "evenly": False}
+    guide = Guide(
+        **{
+            name: torch.from_numpy(
+                np.stack([_padded(each[name], most, value) for each in guides])
+            )
+            for name, value in fill.items()
+        }
+    )
+    lines = Lines(**{name: torch.stack([each[name] for each in packed]) for name in packed[0]})
+    return lines, guide, torch.tensor(of_kind)
 
 
-def fact(scene: Scene, rng: np.random.Generator) -> tuple[int, ...]:
-    """The tokens of cell, colour, shape and label of a thing, in any order: whatever comes first tells the rest."""
-    thing = scene.things[rng.integers(len(scene.things))]
-    words = [thing.cell, thing.colour, thing.shape, thing.label]
-    return tuple(word(words[i]) for i in rng.permutation(len(words)))
+def _guide(fields: dict, asked: list[tuple[str, Asked]], shown: np.ndarray) -> dict:
+    """The fields of `Guide` for one picture: a row for every word of an answer but its end."""
+    targets, owner = fields["targets"].flatten().numpy(), fields["owner"].flatten().numpy()
+    rows = np.flatnonzero((targets != IGNORED) & (targets != token("</s>")))
+    looks = {}
+    for number in np.unique(owner[rows]):
+        kind, question = asked[number]
+        counting = kind == COUNT
+        looks[number] = [
+            _start_tokens(places, shown, counting) for places in (question.subject, question.target)
+        ]
+    return {
+        "rows": rows,
+        "subject": np.stack([looks[number][0] for number in owner[rows]]),
+        "target": np.stack([looks[number][1] for number in owner[rows]]),
+        "evenly": np.array([asked[number][0] == COUNT for number in owner[rows]]),
+    }
 
 
-def patch_attributes(scene: Scene) -> list[list[int]]:
-    """Per patch in reading order, the right word of each attribute. A patch shows a thing if its middle lies in it."""
+def _start_tokens(
+    places: Sequence[tuple[int, int]], shown: np.ndarray, counting: bool
+) -> np.ndarray:
+    """Bool [start]: the tokens that show those places' things, or all of a place if it is empty.
+
+    counting: the middle of each thing, and the first token of the prompt, so that the share of attention the things
+    get tells how many they are.
+    """
+    start = prompt_start()
+    first = start.index(token(IMAGE_TOKEN))
+    part = shown[:, list(ATTRIBUTES).index("part")].reshape(PATCHES, PATCHES)
+    patches = np.zeros((PATCHES, PATCHES), dtype=bool)
+    for row, column in places:
+        place = (
+            slice(row * PER_PLACE, (row + 1) * PER_PLACE),
+            slice(column * PER_PLACE, (column + 1) * PER_PLACE),
+        )
+        if counting:
+            patches[place] = part[place] == PARTS.index("centre")
+        else:
+            thing = part[place] != PARTS.index("nothing")
+            patches[place] = thing if thing.any() else True
+    tokens = np.zeros(len(start), dtype=bool)
+    tokens[0] = counting
+    tokens[first : first + PATCHES * PATCHES] = patches.flatten()
+    return tokens
+
+
+def _padded(rows: np.ndarray, most: int, value: int | bool) -> np.ndarray:
+    width = [(0, most - len(rows)), *[(0, 0)] * (rows.ndim - 1)]
+    return np.pad(rows, width, constant_values=value)
+
+
+def patch_attributes(scene: Scene) -> np.ndarray:
+    """Per patch in reading order, the right word of each attribute: int64 [patches, attributes].
+
+    A patch shows a thing if its middle lies in it, or the thing's middle in the patch.
+    """
     shown = []
     for patch in range(PATCHES * PATCHES):
         row, column = divmod(patch, PATCHES)
-        per_place = PATCHES // GRID
-        thing = scene.thing_at(row // per_place, column // per_place)
+        thing = scene.thing_at(row // PER_PLACE, column // PER_PLACE)
+        part = "edge"
         if thing is not None:
             x, y = (column + 0.5) * PATCH_SIZE, (row + 0.5) * PATCH_SIZE
-            if np.hypot(x - thing.centre[0], y - thing.centre[1]) > thing.radius:
+            if (thing.centre[0] // PATCH_SIZE, thing.centre[1] // PATCH_SIZE) == (column, row):
+                part = "centre"
+            elif np.hypot(x - thing.centre[0], y - thing.centre[1]) > thing.radius:
                 thing = None
-        cell = CELLS[row // per_place * GRID + column // per_place]
-        shown.append(attribute_indices(cell, thing))
-    return shown
+        cell = CELLS[row // PER_PLACE * GRID + column // PER_PLACE]
+        shown.append(attribute_indices(cell, thing, part))
+    return np.array(shown)
 
 
 def normalise(pixels: Tensor) -> Tensor:

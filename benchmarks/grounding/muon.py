@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 class Muon(Optimizer):
     """Matrices of equal shape are stepped together, so that small ones cost little."""
 
-    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+    def __init__(self, groups: Iterable[dict], momentum: float = 0.95) -> None:
+        """groups: as PyTorch's optimizers take them, each with "params" and "lr"."""
+        super().__init__(groups, {"momentum": momentum})
 
     @torch.no_grad()
     def step(self) -> None:

@@ -11,6 +11,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from benchmarks.grounding.guidance import TARGET_LAYERS
 from benchmarks.grounding.scenes import GRID, IMAGE_SIZE
 from benchmarks.grounding.vocabulary import (
     CELLS,
@@ -25,7 +26,8 @@ from benchmarks.grounding.vocabulary import (
 
 WIDTH = 128
 HEAD_SIZE = 32
-TEXT_LAYERS = 12
+# As deep as LLaVA-1.5-7B, so that published decision layers are meant as they stand.
+TEXT_LAYERS = 32
 TEXT_FEED_FORWARD = 256
 # The last one is never read: LLaVA takes the output of the layer before it.
 VISION_LAYERS = 5
@@ -102,7 +104,7 @@ def new_model(seed: int) -> LlavaForConditionalGeneration:
             attention = layer.self_attn
             attention.k_proj.weight.mul_(MATCHING)
             attention.q_proj.weight.copy_(attention.k_proj.weight @ turn().T)
-            if number >= TEXT_LAYERS // 2:
+            if number >= TARGET_LAYERS.start:
                 look_on(attention)
             nn.init.orthogonal_(attention.v_proj.weight)
             attention.o_proj.weight.copy_(COPYING * attention.v_proj.weight.T)

@@ -7,13 +7,11 @@ each sees the prompt start and itself, never another question, and its rope posi
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface, LlavaForConditionalGeneration
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
+from benchmarks.grounding import layer_passes
 from benchmarks.grounding.vocabulary import IGNORED, VISUAL_TOKENS, prompt_start, token
-
-ATTENTION = "lines_behind_a_picture"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +22,19 @@ class Lines:
     targets: Tensor  # what it is to say next; IGNORED outside answers
     owner: Tensor  # which question of the picture a token belongs to; -1 is padding
     offset: Tensor  # place within its question
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What a pass over lines yields.
+
+    logits: [targets, vocabulary] at all positions with a target, in their order. queries, keys: per layer, of the
+    first head, [pictures, start + lines · length, head size].
+    """
+
+    logits: Tensor
+    queries: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]
 
 
 def pack(exchanges: list[tuple[tuple[int, ...], tuple[int, ...]]], lines: int, length: int) -> dict:
@@ -53,22 +64,34 @@ def pack(exchanges: list[tuple[tuple[int, ...], tuple[int, ...]]], lines: int, l
     return fields
 
 
-def visual_tokens(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """[pictures, 3, size, size], normalised -> [pictures, visual tokens, width]: what the decoder is given."""
+def visual_tokens(
+    model: LlavaForConditionalGeneration,
+    pixels: Tensor,
+    dtype: torch.dtype = torch.float32,
+    layer=layer_passes.vision_layer,
+) -> Tensor:
+    """[pictures, 3, size, size], normalised -> fp32 [pictures, visual tokens, width]: what the decoder is given."""
     tower = model.model.vision_tower
+    heads = model.config.vision_config.num_attention_heads
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-    for layer in tower.encoder.layers[: model.config.vision_feature_layer + 1]:
-        hidden = layer(hidden, attention_mask=None)
+    for each in tower.encoder.layers[: model.config.vision_feature_layer + 1]:
+        hidden = layer(hidden, heads, dtype, *layer_passes.vision_weights(each))
     return model.model.multi_modal_projector(hidden[:, 1:])
 
 
-def answer_logits(model: LlavaForConditionalGeneration, visual: Tensor, lines: Lines) -> Tensor:
-    """Logits at all positions with a target, in their order: [targets, vocabulary]."""
-    embed = model.get_input_embeddings()
+def answer_pass(
+    model: LlavaForConditionalGeneration,
+    visual: Tensor,
+    lines: Lines,
+    dtype: torch.dtype = torch.float32,
+    layer=layer_passes.decoder_layer,
+) -> Pass:
+    """The decoder over pictures' prompt starts and the lines behind them. visual: as `visual_tokens` gives it."""
+    decoder, embed = model.model.language_model, model.get_input_embeddings()
     pictures = visual.shape[0]
     start = torch.tensor(prompt_start())
     first = start.tolist().index(model.config.image_token_index)
-    inputs = torch.cat(
+    stream = torch.cat(
         [
             embed(start[:first]).expand(pictures, -1, -1),
             visual,
@@ -79,14 +102,19 @@ def answer_logits(model: LlavaForConditionalGeneration, visual: Tensor, lines: L
     )
     shared = torch.arange(len(start)).expand(pictures, -1)
     positions = torch.cat([shared, len(start) + lines.offset.flatten(1)], dim=1)
-    hidden = model.model.language_model(
-        inputs_embeds=inputs,
-        position_ids=positions,
-        attention_mask=_line_mask(lines, len(start)),
-        use_cache=False,
-    ).last_hidden_state
+    cos, sin = (turn[:, None] for turn in decoder.rotary_emb(stream, positions))
+    mask = _line_mask(lines, len(start))
+    queries, keys = [], []
+    for each in decoder.layers:
+        stream, query, key = layer(
+            stream, cos, sin, mask, each.self_attn.config.num_attention_heads, dtype,
+            *layer_passes.decoder_weights(each),
+        )  # fmt: skip
+        queries.append(query)
+        keys.append(key)
     wanted = lines.targets.flatten(1) != IGNORED
-    return model.lm_head(hidden[:, len(start) :][wanted])
+    logits = model.lm_head(decoder.norm(stream[:, len(start) :][wanted]))
+    return Pass(logits=logits, queries=tuple(queries), keys=tuple(keys))
 
 
 def _line_mask(lines: Lines, start: int) -> Tensor:
@@ -95,38 +123,3 @@ def _line_mask(lines: Lines, start: int) -> Tensor:
     count, length = owner.shape
     own = (owner[:, :, None] == owner[:, None, :]) & torch.ones(length, length).tril().bool()
     return torch.cat([torch.ones(count, length, start, dtype=torch.bool), own], dim=2)[:, None]
-
-
-def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **_: object
-) -> tuple[Tensor, None]:
-    """Attention of the prompt start to itself, then of each line to the start and itself.
-
-    query, key, value: [pictures, heads, start + lines · length, head size]; mask as `_line_mask` makes it.
-    """
-    # Under bf16 autocast too: the backward pass of attention is much faster in fp32 on CPU.
-    query, key, value = query.float(), key.float(), value.float()
-    pictures, heads, _, size = query.shape
-    length = mask.shape[2]
-    start = mask.shape[3] - length
-
-    def on_lines(x: Tensor) -> Tensor:
-        return x[:, :, start:].unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
-
-    def with_start(x: Tensor) -> Tensor:
-        count = (x.shape[2] - start) // length
-        shared = x[:, None, :, :start].expand(-1, count, -1, -1, -1).flatten(0, 1)
-        return torch.cat([shared, on_lines(x)], dim=2)
-
-    with torch.autocast("cpu", enabled=False):
-        first = F.scaled_dot_product_attention(
-            query[:, :, :start], key[:, :, :start], value[:, :, :start], is_causal=True
-        )
-        rest = F.scaled_dot_product_attention(
-            on_lines(query), with_start(key), with_start(value), attn_mask=mask
-        )
-    rest = rest.view(pictures, -1, heads, length, size).transpose(1, 2).flatten(2, 3)
-    return torch.cat([first, rest], dim=2).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, _attend)

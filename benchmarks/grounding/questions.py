@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -35,7 +36,19 @@ EMPTY_SHARE = 0.2
 # Largest and smallest are asked for only if the next in size differs by this factor.
 CLEAR_MARGIN = 1.15
 
-Pair = tuple[str, str]
+Place = tuple[int, int]  # row, column
+
+
+class Asked(NamedTuple):
+    """A question about a scene, its answer, and where one has to look for it.
+
+    subject: the places the words name. target: the places the answer is read from, often the same.
+    """
+
+    text: str
+    answer: str
+    subject: tuple[Place, ...]
+    target: tuple[Place, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,100 +69,117 @@ def questions(split: str, count: int) -> Iterator[Question]:
         kind = list(KINDS)[number % len(KINDS)]
         while True:
             scene = sample_scene(next(seeds))
-            pair = ask(scene, kind, np.random.default_rng([scene.seed, 2]))
-            if pair is not None:
+            asked = ask(scene, kind, np.random.default_rng([scene.seed, 2]))
+            if asked is not None:
                 break
-        text, answer = pair
         yield Question(
-            image=render(scene), text=text, answer=answer, kind=kind, scene_seed=scene.seed
+            image=render(scene),
+            text=asked.text,
+            answer=asked.answer,
+            kind=kind,
+            scene_seed=scene.seed,
         )
 
 
-def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Pair | None:
+def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Asked | None:
     """A random question of that kind with its answer; None if the scene allows none."""
     return KINDS[kind](scene, rng)
 
 
-def _where(scene: Scene, rng: np.random.Generator) -> Pair:
+def _of(text: str, answer: str, *things: Thing) -> Asked:
+    """A question all of whose words and answer are about the same things."""
+    places = tuple((thing.row, thing.column) for thing in things)
+    return Asked(text, answer, places, places)
+
+
+def _where(scene: Scene, rng: np.random.Generator) -> Asked:
     thing = _any(scene.things, rng)
-    return f"Where is the {thing.name}?", thing.cell
+    return _of(f"Where is the {thing.name}?", thing.cell, thing)
 
 
-def _at(scene: Scene, rng: np.random.Generator) -> Pair:
+def _at(scene: Scene, rng: np.random.Generator) -> Asked:
     places = [(row, column) for row in range(GRID) for column in range(GRID)]
-    place = _maybe_empty([(*place, scene.thing_at(*place)) for place in places], rng)
-    row, column, thing = place
-    return f"What is at {cell_name(row, column)}?", thing.name if thing else NOTHING
+    place, thing = _maybe_empty([(place, scene.thing_at(*place)) for place in places], rng)
+    answer = thing.name if thing else NOTHING
+    return Asked(f"What is at {cell_name(*place)}?", answer, (place,), (place,))
 
 
-def _label(scene: Scene, rng: np.random.Generator) -> Pair:
+def _label(scene: Scene, rng: np.random.Generator) -> Asked:
     thing = _any(scene.things, rng)
-    return f"What is the label of the {thing.name}?", thing.label
+    return _of(f"What is the label of the {thing.name}?", thing.label, thing)
 
 
-def _labelled(scene: Scene, rng: np.random.Generator) -> Pair:
+def _labelled(scene: Scene, rng: np.random.Generator) -> Asked:
     thing = _any(scene.things, rng)
-    return f"What has the label {thing.label}?", thing.name
+    return _of(f"What has the label {thing.label}?", thing.name, thing)
 
 
-def _count(scene: Scene, rng: np.random.Generator) -> Pair:
+def _count(scene: Scene, rng: np.random.Generator) -> Asked:
     if rng.random() < 0.5:
         number = rng.integers(len(SHAPES) + 2)
         # Two of eight times a shape that is there for sure.
         shape = SHAPES[number] if number < len(SHAPES) else _any(scene.things, rng).shape
-        return (
-            f"How many {plural(shape)} are there?",
-            str(sum(thing.shape == shape for thing in scene.things)),
-        )
+        counted = [thing for thing in scene.things if thing.shape == shape]
+        return _of(f"How many {plural(shape)} are there?", str(len(counted)), *counted)
     number = rng.integers(len(COLOURS) + 4)
     colour = list(COLOURS)[number] if number < len(COLOURS) else _any(scene.things, rng).colour
-    return (
-        f"How many {colour} things are there?",
-        str(sum(thing.colour == colour for thing in scene.things)),
+    counted = [thing for thing in scene.things if thing.colour == colour]
+    return _of(f"How many {colour} things are there?", str(len(counted)), *counted)
+
+
+def _beside(scene: Scene, rng: np.random.Generator) -> Asked | None:
+    options = [(d, t, p, scene.thing_at(*p)) for d, t, p in _neighbours(scene, scene.things)]
+    direction, thing, place, other = _maybe_empty(options, rng)
+    return Asked(
+        f"What is {direction} the {thing.name}?",
+        other.name if other else NOTHING,
+        ((thing.row, thing.column),),
+        (place,),
     )
 
 
-def _beside(scene: Scene, rng: np.random.Generator) -> Pair | None:
-    options = [(d, t, scene.thing_at(*p)) for d, t, p in _neighbours(scene, scene.things)]
-    direction, thing, other = _maybe_empty(options, rng)
-    return f"What is {direction} the {thing.name}?", other.name if other else NOTHING
-
-
-def _beside_label(scene: Scene, rng: np.random.Generator) -> Pair | None:
+def _beside_label(scene: Scene, rng: np.random.Generator) -> Asked | None:
     options = [
-        (direction, thing, other)
+        (f"{direction} the {thing.name}", thing, other)
         for direction, thing, place in _neighbours(scene, scene.things)
         if (other := scene.thing_at(*place))
     ]
-    if not options:
-        return None
-    direction, thing, other = options[rng.integers(len(options))]
-    return f"What is the label of the thing {direction} the {thing.name}?", other.label
+    return _label_of_neighbour(options, rng)
 
 
-def _largest(scene: Scene, rng: np.random.Generator) -> Pair | None:
+def _largest(scene: Scene, rng: np.random.Generator) -> Asked | None:
     options = clear_extremes(scene)
     if not options:
         return None
     which, thing = options[rng.integers(len(options))]
-    return f"Where is the {which} {thing.shape}?", thing.cell
+    return _of(f"Where is the {which} {thing.shape}?", thing.cell, thing)
 
 
-def _largest_beside(scene: Scene, rng: np.random.Generator) -> Pair | None:
+def _largest_beside(scene: Scene, rng: np.random.Generator) -> Asked | None:
     options = [
-        (direction, which, thing, other)
+        (f"{direction} the {which} {thing.shape}", thing, other)
         for which, extreme in clear_extremes(scene)
         for direction, thing, place in _neighbours(scene, (extreme,))
         if (other := scene.thing_at(*place))
     ]
+    return _label_of_neighbour(options, rng)
+
+
+def _label_of_neighbour(options: list, rng: np.random.Generator) -> Asked | None:
+    """options: (words for the neighbour, thing it is beside, neighbour)."""
     if not options:
         return None
-    direction, which, thing, other = options[rng.integers(len(options))]
-    return f"What is the label of the thing {direction} the {which} {thing.shape}?", other.label
+    words, thing, other = options[rng.integers(len(options))]
+    return Asked(
+        f"What is the label of the thing {words}?",
+        other.label,
+        ((thing.row, thing.column),),
+        ((other.row, other.column),),
+    )
 
 
 # Kind -> what makes a question of it. The last three need one visual token to know which other one to look at.
-KINDS: dict[str, Callable[[Scene, np.random.Generator], Pair | None]] = {
+KINDS: dict[str, Callable[[Scene, np.random.Generator], Asked | None]] = {
     "where": _where,
     "at": _at,
     "label": _label,

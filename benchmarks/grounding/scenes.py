@@ -30,8 +30,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 LIGHT_COLOURS = frozenset({"orange", "yellow", "white"})
 COLOUR_JITTER = 10
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
-# No letter that could be read as a digit or as another letter.
-LABELS = tuple("0123456789" + "ACEFHKLMNPRTUXY")
+# None that could be read as another where it is small.
+LABELS = tuple("24578" + "ACEHKLPTUXY")
 # Radii in pixels, in bands with gaps between them: a thing of a larger band is clearly larger.
 RADII = ((12.0, 13.0), (15.0, 16.0), (18.5, 19.5))
 
@@ -167,7 +167,7 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, rng: np.random.Generato
         tilt = math.radians(rng.uniform(-8, 8))
         draw.polygon(_corners(thing.shape, x, y, thing.radius, tilt), fill, ink, 1)
     draw.text(
-        (x, y), thing.label, ink, _font(round(2.5 + 0.95 * thing.radius)), anchor="mm",
+        (x, y), thing.label, ink, _font(round(3 + 1.05 * thing.radius)), anchor="mm",
         stroke_width=1, stroke_fill=fill,
     )  # fmt: skip
 

@@ -7,9 +7,11 @@ First the vision tower learns to name what each patch shows, then everything lea
 """
 
 import argparse
+import math
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,32 +26,35 @@ from transformers import LlavaForConditionalGeneration
 from benchmarks.grounding.card import Curve, write_card
 from benchmarks.grounding.evaluate import MODEL, accuracy_by_kind, load
 from benchmarks.grounding.export import export
-from benchmarks.grounding.lessons import FACT, ONE_HOP, TAUGHT, Batch, Lessons, Stage, normalise
+from benchmarks.grounding.guidance import guidance_loss
+from benchmarks.grounding.layer_passes import compiled_decoder_layer, compiled_vision_layer
+from benchmarks.grounding.lessons import Batch, Lesson, Lessons, normalise
 from benchmarks.grounding.muon import Muon
 from benchmarks.grounding.new_model import new_model, read_as_spoken
-from benchmarks.grounding.packing import ATTENTION, answer_logits, visual_tokens
+from benchmarks.grounding.packing import answer_pass, visual_tokens
 from benchmarks.grounding.questions import KINDS, questions
 from benchmarks.grounding.vocabulary import IGNORED, attribute_tokens
 
 STATE = Path(__file__).resolve().parent.parent.parent / ".local" / "grounding" / "state.pt"
+# Kinds that need more practice are asked more often.
+HARDER = ("count", "largest", "beside", "beside-label", "largest-beside", "largest-beside")
 # Pictures are those of one worker.
-SEEING = Stage(steps=3000, pictures=8)
-HARDER = ("count", "count", "largest", "beside", "beside", "beside")
-HALVES = ("where-beside", "beside-cell", "beside-cell", "beside-cell", "label-at")
-ANSWERING = (
-    Stage(steps=250, pictures=4, asked=4, kinds=(FACT,) * 4 + ONE_HOP, lines=4),
-    Stage(steps=300, pictures=8, asked=4, kinds=(FACT, *KINDS), lines=5),
-    Stage(steps=350, pictures=8, asked=4, kinds=(*KINDS, *HARDER), lines=5),
-    Stage(steps=1600, pictures=12, asked=4, kinds=(*KINDS, *HARDER, *HALVES), lines=5),
-)
-# Learning rates. Muon's of the tower while it learns to see, then AdamW's.
-SEEING_MATRICES, SEEING_OTHERS = 0.02, 3e-3
-TOWER, DECODER, OUTPUT = 4e-4, 5e-4, 3e-3
+LESSONS = {
+    "seeing": Lesson(pictures=24),
+    "answering": Lesson(pictures=6, kinds=(*KINDS, *HARDER)),
+}
+STEPS = {"seeing": 1500, "answering": 1600}
+FIRST_SEEDS = {"seeing": 10**7, "answering": 3 * 10**8}
+# Peak learning rates: Muon's of matrices in the tower and in the decoder, AdamW's of everything else.
+RATES = {"seeing": (0.02, 0.0, 3e-3), "answering": (0.004, 0.01, 2e-3)}
+COOLDOWN = {"seeing": 0.4, "answering": 0.4}
 WARMUP = 50
-SEEING_COOLDOWN, ANSWERING_COOLDOWN = 0.4, 0.22
-ATTRIBUTE_WEIGHT = 1.0
+NAMING_WEIGHT = 1.0
+# Guidance stays whole for this share of answering, then fades to nothing.
+GUIDED, FADING = 0.5, 0.3
 SAVE_EVERY = 50
 TEST_QUESTIONS = 2007
+DTYPE = torch.bfloat16
 
 
 def rate(step: int, steps: int, cooldown: float) -> float:
@@ -57,12 +62,16 @@ def rate(step: int, steps: int, cooldown: float) -> float:
     return min(1.0, (step + 1) / WARMUP, (steps - step) / (cooldown * steps))
 
 
+def guidance_weight(step: int, steps: int) -> float:
+    return min(1.0, max(0.0, (GUIDED + FADING - step / steps) / FADING))
+
+
 def shows_thing(right: Tensor) -> Tensor:
     """[pictures, patches] bool, of attribute indices: the colour's last word is "nothing"."""
     return right[..., 1] != len(attribute_tokens()[1]) - 1
 
 
-def attribute_loss(
+def naming_loss(
     model: LlavaForConditionalGeneration, visual: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor]:
     """How badly visual tokens point at the words for what their patch shows, and how often they point right.
@@ -87,7 +96,7 @@ def attribute_loss(
 
 
 def right_by_kind(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Per kind in TAUGHT: how many were asked, and how many had all tokens likeliest in turn."""
+    """Per kind in KINDS: how many were asked, and how many had all tokens likeliest in turn."""
     wanted = batch.lines.targets != IGNORED
     wrong_tokens = logits.argmax(-1) != batch.lines.targets[wanted]
     pictures, most = batch.kinds.shape
@@ -95,51 +104,33 @@ def right_by_kind(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     wrong = torch.zeros(pictures * most).index_add_(0, question[wanted], wrong_tokens.float())
     kinds = batch.kinds.flatten()
     return (
-        kinds[kinds >= 0].bincount(minlength=len(TAUGHT)),
-        kinds[(kinds >= 0) & (wrong == 0)].bincount(minlength=len(TAUGHT)),
+        kinds[kinds >= 0].bincount(minlength=len(KINDS)),
+        kinds[(kinds >= 0) & (wrong == 0)].bincount(minlength=len(KINDS)),
     )
 
 
-def _is_seeing(name: str) -> bool:
-    return "vision_tower" in name or "multi_modal_projector" in name
+def optimizers(model: nn.Module, phase: str) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, AdamW for words, biases, norms and the patch embedding.
 
-
-def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.dim() == 2 and "embed" not in name and "lm_head" not in name
-
-
-def seeing_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    parts = [(n, p) for n, p in _read(model) if _is_seeing(n) or "lm_head" in n]
-    return [
-        Muon([p for n, p in parts if _is_matrix(n, p)], lr=SEEING_MATRICES),
-        torch.optim.AdamW(
-            [p for n, p in parts if not _is_matrix(n, p)],
-            lr=SEEING_OTHERS, betas=(0.9, 0.95), weight_decay=0.0,
-        ),
-    ]  # fmt: skip
-
-
-def answering_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    rates = {"tower": TOWER, "decoder": DECODER, "output": OUTPUT}
-    parts: dict[str, list[nn.Parameter]] = {part: [] for part in rates}
-    for name, parameter in _read(model):
-        if _is_seeing(name):
-            parts["tower"].append(parameter)
-        elif "lm_head" in name or parameter.dim() == 1:
-            parts["output"].append(parameter)
+    Left out: the tower's last layer, which LLaVA never reads, and while seeing, the decoder.
+    """
+    unread = f"encoder.layers.{len(model.model.vision_tower.encoder.layers) - 1}."
+    tower, decoder, others = [], [], []
+    for name, parameter in model.named_parameters():
+        if unread in name or "post_layernorm" in name:
+            continue
+        sees = "vision_tower" in name or "multi_modal_projector" in name
+        if phase == "seeing" and not (sees or "lm_head" in name):
+            continue
+        if parameter.dim() != 2 or "embed" in name or "lm_head" in name:
+            others.append(parameter)
         else:
-            parts["decoder"].append(parameter)
-    groups = [{"params": parameters, "lr": rates[part]} for part, parameters in parts.items()]
-    return [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)]
-
-
-def _read(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters that LLaVA reads: not the tower's last layer."""
-    last = f"encoder.layers.{len(model.model.vision_tower.encoder.layers) - 1}."
+            (tower if sees else decoder).append(parameter)
+    rates = RATES[phase]
+    matrices = [{"params": p, "lr": lr} for p, lr in zip((tower, decoder), rates[:2], strict=True)]
     return [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if last not in name and "post_layernorm" not in name
+        Muon([group for group in matrices if group["params"]]),
+        torch.optim.AdamW(others, lr=rates[2], betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
@@ -149,9 +140,8 @@ class Trainer:
     def __init__(self, worker: int, workers: int, resume: bool) -> None:
         self.worker, self.workers = worker, workers
         self.model = new_model(seed=0)
-        self.model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
         self.curve = Curve()
-        self.done = {"seeing": 0, "answering": 0}
+        self.done = dict.fromkeys(STEPS, 0)
         self.optimizer_state: list[dict] | None = None
         if resume:
             state = torch.load(STATE, weights_only=True)
@@ -160,105 +150,92 @@ class Trainer:
             self.done = state["done"]
             self.optimizer_state = state["optimizers"]
 
-    def save(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        if self.worker == 0:
-            STATE.parent.mkdir(parents=True, exist_ok=True)
-            state = {
-                "model": self.model.state_dict(),
-                "curve": self.curve.rows,
-                "done": self.done,
-                "optimizers": [each.state_dict() for each in optimizers],
-            }
-            torch.save(state, STATE.with_suffix(".new"))
-            os.replace(STATE.with_suffix(".new"), STATE)
+    def save(self, stepping: Iterable[torch.optim.Optimizer]) -> None:
+        if self.worker > 0:
+            return
+        STATE.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "model": self.model.state_dict(),
+            "curve": self.curve.rows,
+            "done": self.done,
+            "optimizers": [each.state_dict() for each in stepping],
+        }
+        torch.save(state, STATE.with_suffix(".new"))
+        os.replace(STATE.with_suffix(".new"), STATE)
 
-    def see(self) -> None:
-        if self.done["seeing"] < SEEING.steps:
-            self._run("seeing", (SEEING,), seeing_optimizers(self.model), SEEING_COOLDOWN)
+    def run(self) -> None:
+        if self.done["answering"] == 0:
+            self._run("seeing")
             self._settle()
             self.optimizer_state = None
-
-    def answer(self) -> None:
-        self._run("answering", ANSWERING, answering_optimizers(self.model), ANSWERING_COOLDOWN)
+        self._run("answering")
 
     @torch.no_grad()
     def _settle(self) -> None:
         """Gives visual tokens the size of word embeddings, and input words the output words as they are now."""
-        pixels = normalise(Lessons(SEEING, first_seed=0)[0].pixels)
+        pixels = normalise(Lessons(LESSONS["seeing"], first_seed=0)[0].pixels)
         size = visual_tokens(self.model, pixels).pow(2).mean().sqrt()
         last = self.model.model.multi_modal_projector.linear_2
         last.weight.div_(size)
         last.bias.div_(size)
         read_as_spoken(self.model)
 
-    def _run(
-        self,
-        phase: str,
-        stages: tuple[Stage, ...],
-        optimizers: list[torch.optim.Optimizer],
-        cooldown: float,
-    ) -> None:
-        peaks = [group["lr"] for each in optimizers for group in each.param_groups]
+    def _run(self, phase: str) -> None:
+        stepping = optimizers(self.model, phase)
+        groups = [group for each in stepping for group in each.param_groups]
+        peaks = [group["lr"] for group in groups]
         if self.optimizer_state is not None:
-            for each, state in zip(optimizers, self.optimizer_state, strict=True):
+            for each, state in zip(stepping, self.optimizer_state, strict=True):
                 each.load_state_dict(state)
-        groups = [group for each in optimizers for group in each.param_groups]
-        steps = sum(stage.steps for stage in stages)
-        bar = tqdm(
-            total=steps, initial=self.done[phase], desc=phase, disable=self.worker > 0, unit="step"
+        steps, done = STEPS[phase], self.done[phase]
+        lessons = Lessons(LESSONS[phase], FIRST_SEEDS[phase], self.worker, self.workers)
+        loader = DataLoader(
+            lessons,
+            batch_size=None,
+            sampler=range(done, steps),
+            num_workers=1,
+            prefetch_factor=4,
+            multiprocessing_context="fork",
         )
-        first = 0
-        for number, stage in enumerate(stages):
-            seed = (10**7) * (1 + number + (10 if phase == "seeing" else 20))
-            lessons = Lessons(stage, seed, self.worker, self.workers)
-            todo = range(max(0, self.done[phase] - first), stage.steps)
-            loader = DataLoader(
-                lessons,
-                batch_size=None,
-                sampler=todo,
-                num_workers=1,
-                prefetch_factor=4,
-                multiprocessing_context="fork",
-            )
-            for batch in loader if len(todo) else ():
-                factor = rate(self.done[phase], steps, cooldown)
-                for group, peak in zip(groups, peaks, strict=True):
-                    group["lr"] = peak * factor
-                self._step(batch, stage, optimizers)
-                self.done[phase] += 1
-                bar.update()
-                if self.done[phase] % SAVE_EVERY == 0:
-                    row = self.curve.close(phase, self.done[phase])
-                    bar.write(row) if self.worker == 0 else None
-                    self.save(optimizers)
-            first += stage.steps
+        bar = tqdm(total=steps, initial=done, desc=phase, disable=self.worker > 0, unit="step")
+        for step, batch in zip(range(done, steps), loader, strict=True):
+            for group, peak in zip(groups, peaks, strict=True):
+                group["lr"] = peak * rate(step, steps, COOLDOWN[phase])
+            self._step(batch, guidance_weight(step, steps), stepping)
+            self.done[phase] += 1
+            bar.update()
+            if self.done[phase] % SAVE_EVERY == 0:
+                row = self.curve.close(phase, self.done[phase])
+                if self.worker == 0:
+                    bar.write(row)
+                self.save(stepping)
         bar.close()
 
-    def _step(self, batch: Batch, stage: Stage, optimizers: list) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            visual = visual_tokens(self.model, normalise(batch.pixels))
-        visual = visual.float()
-        seeing, shares = attribute_loss(self.model, visual, batch.attributes)
-        loss = seeing
+    def _step(self, batch: Batch, guiding: float, stepping: list[torch.optim.Optimizer]) -> None:
+        visual = visual_tokens(self.model, normalise(batch.pixels), DTYPE, compiled_vision_layer)
+        loss, shares = naming_loss(self.model, visual, batch.attributes)
+        self.curve.add_naming(loss, shares)
         if batch.lines is not None:
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = answer_logits(self.model, visual[: stage.asked], batch.lines)
+            found = answer_pass(self.model, visual, batch.lines, DTYPE, compiled_decoder_layer)
             wanted = batch.lines.targets[batch.lines.targets != IGNORED]
-            answering = F.cross_entropy(logits.float(), wanted)
-            loss = answering + ATTRIBUTE_WEIGHT * seeing
-            self.curve.add_answers(answering, *right_by_kind(logits, batch))
-        self.curve.add_sight(seeing, shares)
+            answering = F.cross_entropy(found.logits, wanted)
+            loss = answering + NAMING_WEIGHT * loss
+            looking = answering.new_tensor(math.nan)
+            if guiding > 0:
+                owner = batch.lines.owner.flatten(1)
+                looking = guidance_loss(found.queries, found.keys, owner, batch.guide)
+                loss = loss + guiding * looking
+            self.curve.add_answers(answering, looking, *right_by_kind(found.logits, batch))
         loss.backward()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         if self.workers > 1:
             flat = torch.cat([p.grad.flatten() for p in parameters])
             dist.all_reduce(flat)
-            for p, part in zip(
-                parameters, flat.split([p.numel() for p in parameters]), strict=True
-            ):
+            parts = flat.split([p.numel() for p in parameters])
+            for p, part in zip(parameters, parts, strict=True):
                 p.grad.copy_(part.view_as(p)).div_(self.workers)
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optimizers:
+        for optimizer in stepping:
             optimizer.step()
         self.model.zero_grad()
 
@@ -267,9 +244,7 @@ def train_worker(worker: int, workers: int, resume: bool, meeting_point: str) ->
     torch.set_num_threads(1)
     if workers > 1:
         dist.init_process_group("gloo", init_method=meeting_point, rank=worker, world_size=workers)
-    trainer = Trainer(worker, workers, resume)
-    trainer.see()
-    trainer.answer()
+    Trainer(worker, workers, resume).run()
 
 
 def finish() -> None:

@@ -38,6 +38,8 @@ IGNORED = -100
 
 CELLS = tuple(cell_name(row, column) for row in range(GRID) for column in range(GRID))
 SIZES = ("smallest", NOTHING, "largest")
+# Of a thing: the patch its middle lies in, and the others.
+PARTS = ("centre", "edge", NOTHING)
 # What the words of a visual token are about. A patch that shows no thing is NOTHING in all but its cell.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "cell": CELLS,
@@ -45,6 +47,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": (*SHAPES, NOTHING),
     "label": (*LABELS, NOTHING),
     "size": SIZES,
+    "part": PARTS,
 }
 # Words with the space before them.
 WORDS = (
@@ -52,6 +55,7 @@ WORDS = (
     *(word for direction in DIRECTIONS for word in direction.split()),
     *map(plural, SHAPES),
     *dict.fromkeys(word for group in ATTRIBUTES.values() for word in group),
+    *(digit for digit in "0123456789" if digit not in LABELS),
     "ASSISTANT",
 )
 OPENING_WORDS = ("USER", "Where", "What", "How")
@@ -110,13 +114,13 @@ def attribute_tokens() -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(map(word, words)) for words in ATTRIBUTES.values())
 
 
-def attribute_indices(cell: str, thing: Thing | None) -> list[int]:
-    """Which word of each attribute is right for a patch in that cell which shows that thing."""
+def attribute_indices(cell: str, thing: Thing | None, part: str = NOTHING) -> list[int]:
+    """Which word of each attribute is right for a patch in that cell which shows that part of that thing."""
     if thing is None:
-        values = (cell, NOTHING, NOTHING, NOTHING, NOTHING)
+        values = (cell, *[NOTHING] * (len(ATTRIBUTES) - 1))
     else:
         band = next(i for i, (_, most) in enumerate(RADII) if thing.radius <= most)
-        values = (cell, thing.colour, thing.shape, thing.label, SIZES[band])
+        values = (cell, thing.colour, thing.shape, thing.label, SIZES[band], part)
     return [words.index(value) for words, value in zip(ATTRIBUTES.values(), values, strict=True)]
 
 

@@ -4,6 +4,7 @@ Every configuration is a real `vllm serve` on loopback, asked over HTTP. Results
 plots. A run that was cut off goes on where it stopped. With --base-url a server of your own is asked instead.
 
     make quality ARGS="--quick"
+    make quality ARGS="--publish"    # the report of what there is, for the repository
     make quality ARGS="--only dense 'fastv remove' 'fastv reroute' --budgets 33 11"
     make quality ARGS="--base-url http://127.0.0.1:8000/v1 --model llava-1.5 --label 'llava-1.5 pdrop 64'"
 """
@@ -17,14 +18,15 @@ from pathlib import Path
 
 from benchmarks.grounding.questions import questions
 from benchmarks.quality import report
-from benchmarks.quality.asking import Endpoint, prompts_of
-from benchmarks.quality.methods import METHODS, configurations
+from benchmarks.quality.asking import Endpoint, Prompt, prompts_of
+from benchmarks.quality.methods import METHODS, Configuration, configurations
 from benchmarks.quality.model_shape import DEFAULT_MODEL, ModelShape, fingerprint
 from benchmarks.quality.results import results, rows_in
 from benchmarks.quality.run import SPLIT, run, run_own_server
 from benchmarks.quality.serving import Serving
 
 OUT = Path(__file__).resolve().parents[2] / ".local" / "quality"
+PUBLISHED = Path(__file__).resolve().parents[1] / "results"
 QUESTIONS, QUICK_QUESTIONS = 1000, 36
 BUDGETS = (33, 22, 11, 5)
 
@@ -79,6 +81,10 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--fresh", action="store_true", help="forget the outcomes that are in --out"
     )
     parser.add_argument(
+        "--publish", action="store_true",
+        help="ask nothing, write the report of what is in --out to benchmarks/results",
+    )  # fmt: skip
+    parser.add_argument(
         "--concurrency", type=int, default=32, help="requests under way at once (default: 32)"
     )
     parser.add_argument(
@@ -100,6 +106,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="its average per decoder layer, to be in the plot",
     )
     args = parser.parse_args(words)
+    if args.publish and (args.quick or args.fresh or args.base_url):
+        parser.error("--publish reports a full run that is there; give it without --quick, --fresh and --base-url.")
     if args.questions is None:
         args.questions = QUICK_QUESTIONS if args.quick else QUESTIONS
     for name in ("questions", "concurrency"):
@@ -124,37 +132,52 @@ def measure(args: argparse.Namespace) -> bool:
     if args.fresh:
         for path in outcomes.glob("*.jsonl"):
             path.unlink()
-    if args.base_url:
-        plan = None
-    else:
-        model = Path(args.model) if args.model else DEFAULT_MODEL
-        shape = ModelShape.of(model)
-        plan = configurations(args.only, [percent / 100 for percent in args.budgets], shape)
+    # What a model cannot serve is refused before pictures are rendered.
+    plan = None if args.base_url else planned(args)
     prompts = prompts_of(questions(SPLIT, args.questions))
-    not_run = {}
-    if plan is None:
-        endpoint = Endpoint(
-            url=args.base_url, model=args.model, api_key=os.environ.get("OPENAI_API_KEY", "none")
-        )
-        run_own_server(
-            endpoint, args.label, args.visual_tokens, prompts, args.concurrency, outcomes
-        )
-    else:
-        serving = Serving(
-            model=model,
-            shape=shape,
-            folder=args.out,
-            dtype=args.dtype,
-            concurrency=args.concurrency,
-            start_limit_s=args.start_limit,
-        )
-        not_run = run(plan, prompts, serving, fingerprint(model), outcomes)
+    not_run = {} if args.publish else ask(args, plan, prompts, outcomes)
     digests = [prompt.digest for prompt in prompts]
     found = results(rows_in(outcomes, digests), digests, not_run)
-    paths = report.write(found, args.out)
-    print((args.out / report.MARKDOWN_NAME).read_text(encoding="utf-8"))
+    folder = PUBLISHED if args.publish else args.out
+    paths = report.write(found, folder)
+    print((folder / report.MARKDOWN_NAME).read_text(encoding="utf-8"))
     print("Written: " + ", ".join(str(path) for path in paths), file=sys.stderr)
     return found["complete"]
+
+
+def planned(args: argparse.Namespace) -> tuple[Path, ModelShape, list[Configuration]]:
+    """The model to serve, its shape, and the servers to ask."""
+    model = Path(args.model) if args.model else DEFAULT_MODEL
+    shape = ModelShape.of(model)
+    return model, shape, configurations(args.only, [each / 100 for each in args.budgets], shape)
+
+
+def ask(
+    args: argparse.Namespace,
+    plan: tuple[Path, ModelShape, list[Configuration]] | None,
+    prompts: Sequence[Prompt],
+    outcomes: Path,
+) -> dict[str, str]:
+    """Asks what is missing; returns the configurations that could not be asked, and why.
+
+    plan: None for a server of the user's own.
+    """
+    if plan is None:
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        endpoint = Endpoint(url=args.base_url, model=args.model, api_key=key)
+        own = (endpoint, args.label, args.visual_tokens)
+        run_own_server(*own, prompts, args.concurrency, outcomes)
+        return {}
+    model, shape, wanted = plan
+    serving = Serving(
+        model=model,
+        shape=shape,
+        folder=args.out,
+        dtype=args.dtype,
+        concurrency=args.concurrency,
+        start_limit_s=args.start_limit,
+    )
+    return run(wanted, prompts, serving, fingerprint(model), outcomes)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.grounding.evaluate import MODEL
 from benchmarks.local_model import TINY, LlavaShape, build_local_model
 from tests.engine.host import V2_ENVIRONMENT, EngineHost
 from tests.engine.oracle_answers import OracleAnswers
@@ -19,7 +20,7 @@ MULTI_HEAD = replace(TINY, image_size=112)
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Name -> checkpoint of 8 layers and 64 visual tokens."""
+    """Name -> checkpoint: the trained one, and seeded ones of 8 layers and 64 visual tokens."""
     root = tmp_path_factory.mktemp("models")
     shapes: dict[str, LlavaShape] = {
         "grouped": GROUPED,
@@ -27,7 +28,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "mistral": replace(GROUPED, backbone="mistral"),
         "qwen2": replace(GROUPED, backbone="qwen2"),
     }
-    return {name: build_local_model(root / name, shape) for name, shape in shapes.items()}
+    seeded = {name: build_local_model(root / name, shape) for name, shape in shapes.items()}
+    return {"grounding": MODEL, **seeded}
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+from benchmarks.grounding.evaluate import prompt
+from benchmarks.grounding.questions import KINDS, Question, questions
 from benchmarks.photos import PHOTOS
 
 MAX_TOKENS = 16
@@ -53,6 +56,27 @@ class Ask:
         return bool(self.images)
 
 
+@dataclass(frozen=True)
+class SceneAsk(Ask):
+    """A request about rendered scenes. images: which questions of the test split they belong to."""
+
+    max_tokens: int = 8
+
+    def pictures(self) -> list[Any]:
+        return [scene_questions()[i].image for i in self.images]
+
+    @classmethod
+    def about(cls, number: int) -> SceneAsk:
+        """The question of that number, as the grounding model was trained to be asked it."""
+        return cls(prompt(scene_questions()[number].text), (number,))
+
+
+@cache
+def scene_questions() -> list[Question]:
+    """Two of every kind."""
+    return list(questions("test", 2 * len(KINDS)))
+
+
 def greedy(max_tokens: int, options: Mapping[str, Any]) -> Any:
     """Sampling parameters that make answers comparable, changed by `options`."""
     from vllm import SamplingParams
@@ -76,6 +100,15 @@ LONG_TEXT = Ask(
     "USER: " + "First count what lies above, below and around each object. " * 12 + "ASSISTANT:"
 )
 MIXED = (ONE_IMAGE, TEXT_ONLY, TWO_IMAGES, LONG_TEXT, OTHER_IMAGE)
+
+# What the grounding model is for: one and two hops, and what it never saw: no and several images.
+SCENES = (
+    SceneAsk.about(0),
+    SceneAsk("USER: Where is the red circle? ASSISTANT:"),
+    SceneAsk("USER: first <image> and then <image>\nwhich has more stars? ASSISTANT:", (2, 5)),
+    SceneAsk.about(7),
+    SceneAsk.about(13),
+)
 
 
 @dataclass

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.engine.conftest import engine_args
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
 from tests.engine.probes import generate, generate_one_by_one, runner_name
-from tests.engine.requests import MIXED
+from tests.engine.requests import MIXED, SCENES, SceneAsk, scene_questions
 from vllm_reroute.config import RerouteOptions
 
-DEPTH = 8
+# Of the trained model, and of the seeded ones.
+TRAINED_DEPTH, DEPTH = 32, 8
 
 PUBLISHED = [
     {"schedule": schedule, "action": action, "tier": tier}
@@ -37,16 +39,39 @@ def label(options: dict[str, Any]) -> str:
     return "-".join(str(v).replace(" ", "") for v in options.values())
 
 
-# Both fp32 checks of one schedule share an engine; the oracle's answers serve both runners.
-@pytest.mark.parametrize("options", [*PUBLISHED, *CUSTOM], ids=label)
-def test_schedule_agrees_with_oracle(
+# The oracle's answers serve both runners.
+@pytest.mark.parametrize("options", PUBLISHED, ids=label)
+def test_published_schedule_agrees_with_oracle(
+    host: EngineHost, models: Any, oracles: OracleAnswers, options: dict[str, Any]
+) -> None:
+    """On the trained model, whose depth the schedules were published for."""
+    schedule = RerouteOptions.from_mapping(options).resolve(TRAINED_DEPTH)
+    host.engine(**engine_args(models["grounding"], options))
+    for ask, answer in zip(SCENES, host.call(generate, SCENES), strict=True):
+        oracles.check("grounding", schedule, ask, answer)
+
+
+@pytest.mark.parametrize("options", CUSTOM, ids=label)
+def test_custom_schedule_agrees_with_oracle(
     host: EngineHost, models: Any, oracles: OracleAnswers, options: dict[str, Any]
 ) -> None:
     schedule = RerouteOptions.from_mapping(options).resolve(DEPTH)
     host.engine(**engine_args(models["grouped"], options))
-    answers = host.call(generate, MIXED)
-    for ask, answer in zip(MIXED, answers, strict=True):
+    for ask, answer in zip(MIXED, host.call(generate, MIXED), strict=True):
         oracles.check("grouped", schedule, ask, answer)
+
+
+def test_the_trained_model_answers_its_questions(v1: EngineHost, models: Any) -> None:
+    """So that agreement is about answers that mean something."""
+    v1.engine(**engine_args(models["grounding"], None))
+    asks = [SceneAsk.about(number) for number in range(len(scene_questions()))]
+    tokenizer = AutoTokenizer.from_pretrained(models["grounding"])
+    said = [tokenizer.decode(answer.token_ids) for answer in v1.call(generate, asks)]
+    right = [
+        text.strip().startswith(question.answer + "</s>")
+        for text, question in zip(said, scene_questions(), strict=True)
+    ]
+    assert sum(right) >= len(right) - 2
 
 
 @pytest.mark.parametrize("decoder", ["multi-head", "mistral", "qwen2"])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from benchmarks.grounding.lessons import Stage, batch_of, normalise
+from benchmarks.grounding.lessons import batch_of, normalise
 from benchmarks.grounding.new_model import new_model
-from benchmarks.grounding.packing import ATTENTION, answer_logits, pack, visual_tokens
+from benchmarks.grounding.packing import answer_pass, pack, visual_tokens
 from benchmarks.grounding.questions import KINDS
 from benchmarks.grounding.vocabulary import IGNORED, encode, prompt_start
 
@@ -23,11 +23,9 @@ def model():
 
 @torch.inference_mode()
 def test_packing_equals_asking_alone(model):
-    batch = batch_of(range(2), Stage(steps=1, pictures=2, asked=2, kinds=tuple(KINDS), lines=4))
+    batch = batch_of(range(2), tuple(KINDS))
     pixels = normalise(batch.pixels)
-    model.set_attn_implementation({"text_config": ATTENTION, "vision_config": "sdpa"})
-    packed = answer_logits(model, visual_tokens(model, pixels), batch.lines)
-    model.set_attn_implementation("sdpa")
+    packed = answer_pass(model, visual_tokens(model, pixels), batch.lines).logits
     lines = batch.lines
     alone = []
     for picture in range(2):

@@ -37,6 +37,18 @@ def test_two_servers_are_two_rows(tmp_path):
     assert [row["method"] for row in rows] == ["one", "two"]
 
 
+def test_publishing_asks_nothing_and_writes_the_same_report(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.quality.__main__.PUBLISHED", tmp_path / "published")
+    out = ["--out", str(tmp_path)]
+    with stub(lambda _: Reply()) as server:
+        assert measure(parse_arguments(["--base-url", server.url, *WORDS, *out]))
+    assert measure(parse_arguments(["--publish", "--questions", "12", *out]))
+    for name in ("quality.json", "quality.md"):
+        published = (tmp_path / "published" / name).read_text()
+        assert published == (tmp_path / name).read_text()
+        assert str(tmp_path) not in published
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -46,6 +58,7 @@ def test_two_servers_are_two_rows(tmp_path):
         ["--base-url", "http://127.0.0.1:9/v1", "--model", "x"],
         ["--questions", "0"],
         ["--concurrency", "0"],
+        ["--publish", "--quick"],
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(words, capsys):

@@ -1,0 +1,155 @@
+"""Where training tells the decoder to look, and what it costs to look elsewhere."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.grounding.guidance import SUBJECT_LAYERS, TARGET_LAYERS, Guide, guidance_loss
+from benchmarks.grounding.lessons import COUNT, PER_PLACE, batch_of
+from benchmarks.grounding.questions import KINDS
+from benchmarks.grounding.vocabulary import (
+    ATTRIBUTES,
+    CELLS,
+    IGNORED,
+    IMAGE_TOKEN,
+    PATCHES,
+    VISUAL_TOKENS,
+    prompt_start,
+    token,
+)
+
+LAYERS = 32
+FIRST = prompt_start().index(token(IMAGE_TOKEN))
+BOS = 0
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return batch_of(range(40, 44), tuple(KINDS))
+
+
+def cells_of(tokens: torch.Tensor) -> set[str]:
+    """Places of the visual tokens among those of a prompt start."""
+    patches = tokens[FIRST : FIRST + VISUAL_TOKENS].nonzero().flatten().tolist()
+    return {
+        CELLS[p // PATCHES // PER_PLACE * 4 + p % PATCHES // PER_PLACE] for p in patches
+    }
+
+
+def rows_with_kind(batch):
+    """(picture, row among the guide's, kind, first word of the answer) of every guided position."""
+    kinds = list(KINDS)
+    for picture, rows in enumerate(batch.guide.rows):
+        for number, row in enumerate(rows[rows >= 0].tolist()):
+            question = batch.lines.owner[picture].flatten()[row]
+            word = batch.lines.targets[picture].flatten()[row].item()
+            yield picture, number, kinds[batch.kinds[picture, question]], word
+
+
+def test_every_word_of_an_answer_but_its_end_has_a_row(batch):
+    for rows, targets in zip(batch.guide.rows, batch.lines.targets.flatten(1), strict=True):
+        wanted = ((targets != IGNORED) & (targets != token("</s>"))).nonzero().flatten()
+        assert rows[rows >= 0].tolist() == wanted.tolist()
+
+
+def test_subject_and_target_are_the_places_a_question_is_about(batch):
+    from benchmarks.grounding.vocabulary import word
+
+    names = {word(cell): cell for cell in CELLS}
+    seen = set()
+    for picture, number, kind, said in rows_with_kind(batch):
+        subject = cells_of(batch.guide.subject[picture, number])
+        target = cells_of(batch.guide.target[picture, number])
+        seen.add(kind)
+        if kind in ("where", "largest"):
+            assert subject == target == {names[said]}
+        elif kind == COUNT:
+            assert str(len(subject)) == str(len(target))
+            assert {word(str(len(subject)))} == {said}
+            assert batch.guide.subject[picture, number, BOS]
+        else:
+            assert len(subject) == len(target) == 1
+            one, other = subject.pop(), target.pop()
+            steps = abs(ord(one[0]) - ord(other[0])) + abs(int(one[1]) - int(other[1]))
+            assert steps == ("beside" in kind)
+        assert batch.guide.evenly[picture, number] == (kind == COUNT)
+    assert seen == set(KINDS)
+
+
+def test_counted_things_have_one_token_each(batch):
+    part = list(ATTRIBUTES).index("part")
+    for picture, number, kind, _ in rows_with_kind(batch):
+        if kind == COUNT:
+            tokens = batch.guide.subject[picture, number]
+            visual = tokens[FIRST : FIRST + VISUAL_TOKENS]
+            assert visual.sum() == len(cells_of(tokens))
+            centre = ATTRIBUTES["part"].index("centre")
+            assert (batch.attributes[picture, visual, part] == centre).all()
+
+
+def looking_at(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """queries and keys of a head all of whose attention is on those tokens: [1, all tokens, 1] each."""
+    keys = tokens.float()[None, :, None]
+    return torch.full_like(keys, 200.0), keys
+
+
+@pytest.fixture
+def scene() -> tuple[Guide, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Six tokens of a prompt start, then two questions of two tokens; the second one is guided."""
+    owner = torch.tensor([[0, 0, 1, 1]])
+    subject, target = torch.zeros(2, 6, dtype=torch.bool)
+    subject[1:3], target[4] = True, True
+    guide = Guide(
+        rows=torch.tensor([[3, -1]]),
+        subject=torch.stack([subject, subject])[None],
+        target=torch.stack([target, target])[None],
+        evenly=torch.tensor([[False, False]]),
+    )
+    return guide, owner, subject, target
+
+
+def loss(guide: Guide, owner: torch.Tensor, early: torch.Tensor, late: torch.Tensor) -> float:
+    """Of a decoder that looks at `early` until the target's layers begin, then at `late`."""
+    own = torch.zeros(owner.shape[1])
+    looks = [
+        looking_at(torch.cat([late if n >= TARGET_LAYERS.start else early, own]))
+        for n in range(LAYERS)
+    ]
+    queries, keys = zip(*looks, strict=True)
+    return guidance_loss(queries, keys, owner, guide).item()
+
+
+def test_looking_where_told_costs_nothing(scene):
+    guide, owner, subject, target = scene
+    assert loss(guide, owner, subject, target) == pytest.approx(0, abs=1e-4)
+
+
+def test_one_of_several_tokens_is_enough_unless_they_are_counted(scene):
+    guide, owner, subject, target = scene
+    one = subject.clone()
+    one[2] = False
+    assert loss(guide, owner, one, target) == pytest.approx(0, abs=1e-4)
+    counted = replace(guide, evenly=torch.tensor([[True, True]]))
+    assert loss(counted, owner, one, target) > 1
+
+
+def test_the_order_matters(scene):
+    guide, owner, subject, target = scene
+    share = len(SUBJECT_LAYERS) / (len(SUBJECT_LAYERS) + len(TARGET_LAYERS))
+    early_wrong = loss(guide, owner, target, target)
+    late_wrong = loss(guide, owner, subject, subject)
+    assert early_wrong > 1 and late_wrong > 1
+    assert early_wrong / share == pytest.approx(late_wrong / (1 - share), rel=0.2)
+
+
+def test_other_questions_are_not_seen(scene):
+    """However strongly another question's token is matched, it takes no attention away."""
+    guide, owner, subject, target = scene
+    queries, keys = [], []
+    for number in range(LAYERS):
+        tokens = target if number >= TARGET_LAYERS.start else subject
+        query, key = looking_at(torch.cat([tokens, torch.tensor([9.0, 9.0, 0, 0])]))
+        queries.append(query)
+        keys.append(key)
+    assert guidance_loss(queries, keys, owner, guide).item() == pytest.approx(0, abs=1e-4)
