@@ -2,6 +2,8 @@
 
 "What is left of the red circle?" has a subject, the red circle, and a target, the place left of it. Retrieval forms in
 a few hundred steps when one head of each layer is told where to look, and hardly at all when it has to find out.
+
+Counting is looking at one place after the other: each of the target's layers visits a place of its own.
 """
 
 from collections.abc import Sequence
@@ -19,15 +21,14 @@ TARGET_LAYERS = range(13, 29)
 class Guide:
     """Where to look from the positions that are to say a word of an answer.
 
-    rows: int64 [pictures, rows], places on the picture's lines; -1 pads. subject, target: bool [pictures, rows,
-    start], tokens of the prompt start. evenly: bool [pictures, rows]: look at all of these alike, as counting needs;
-    otherwise it does not matter at which.
+    rows: int64 [pictures, rows], places on the picture's lines; -1 pads. subject: bool [pictures, rows, start],
+    target: bool [pictures, rows, target's layers, start], tokens of the prompt start. It does not matter at which of
+    the tokens a head looks.
     """
 
     rows: Tensor
     subject: Tensor
     target: Tensor
-    evenly: Tensor
 
 
 def guidance_loss(
@@ -42,26 +43,15 @@ def guidance_loss(
     rows = guide.rows.clamp(min=0)
     size = queries[0].shape[-1]
     places = (start + rows)[..., None].expand(-1, -1, size)
-    query = torch.stack([queries[layer].gather(1, places) for layer in guided])
-    key = torch.stack([keys[layer] for layer in guided])
-    sees = _sees(owner, rows, start)
-    logits = (query @ key.mT).float() * size**-0.5
+    query = torch.stack([queries[layer].gather(1, places) for layer in guided], dim=2)
+    key = torch.stack([keys[layer] for layer in guided], dim=2)
+    logits = torch.einsum("prld,ptld->prlt", query.float(), key.float()) * size**-0.5
+    sees = _sees(owner, rows, start)[:, :, None]
     likely = logits.masked_fill(~sees, -1e30).log_softmax(dim=-1)[..., :start]
-    split = len(SUBJECT_LAYERS)
-    losses = torch.cat(
-        [
-            _looks_elsewhere(likely[:split], guide.subject, guide.evenly),
-            _looks_elsewhere(likely[split:], guide.target, guide.evenly),
-        ]
-    )
-    return losses[:, guide.rows >= 0].mean()
-
-
-def _looks_elsewhere(likely: Tensor, wanted: Tensor, evenly: Tensor) -> Tensor:
-    """likely: log of attention, [layers, pictures, rows, start]. Returns [layers, pictures, rows]."""
-    anywhere = -likely.masked_fill(~wanted, -1e30).logsumexp(dim=-1)
-    alike = -(likely * wanted).sum(dim=-1) / wanted.sum(dim=-1).clamp(min=1)
-    return torch.where(evenly, alike, anywhere)
+    subject = guide.subject[:, :, None].expand(-1, -1, len(SUBJECT_LAYERS), -1)
+    wanted = torch.cat([subject, guide.target], dim=2)
+    elsewhere = -likely.masked_fill(~wanted, -1e30).logsumexp(dim=-1)
+    return elsewhere[guide.rows >= 0].mean()
 
 
 def _sees(owner: Tensor, rows: Tensor, start: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from benchmarks.grounding.guidance import Guide
+from benchmarks.grounding.guidance import TARGET_LAYERS, Guide
 from benchmarks.grounding.packing import Lines, pack
 from benchmarks.grounding.questions import KINDS, Asked
 from benchmarks.grounding.scenes import GRID, Scene, render, sample_scene
@@ -100,7 +100,7 @@ def _questions(
         numbers = [list(KINDS).index(kind) for kind, _ in asked]
         of_kind.append([*numbers[:laid_out], *[-1] * (len(asked) - laid_out)])
     most = max(len(each["rows"]) for each in guides)
-    fill = {"rows": -1, "subject": False, "target": False, "evenly": False}
+    fill = {"rows": -1, "subject": False, "target": False}
     guide = Guide(
         **{
             name: torch.from_numpy(
@@ -117,29 +117,32 @@ def _guide(fields: dict, asked: list[tuple[str, Asked]], shown: np.ndarray) -> d
     """The fields of `Guide` for one picture: a row for every word of an answer but its end."""
     targets, owner = fields["targets"].flatten().numpy(), fields["owner"].flatten().numpy()
     rows = np.flatnonzero((targets != IGNORED) & (targets != token("</s>")))
-    looks = {}
-    for number in np.unique(owner[rows]):
-        kind, question = asked[number]
-        counting = kind == COUNT
-        looks[number] = [
-            _start_tokens(places, shown, counting) for places in (question.subject, question.target)
-        ]
+    looks = {number: _looks(*asked[number], shown) for number in np.unique(owner[rows])}
     return {
         "rows": rows,
         "subject": np.stack([looks[number][0] for number in owner[rows]]),
         "target": np.stack([looks[number][1] for number in owner[rows]]),
-        "evenly": np.array([asked[number][0] == COUNT for number in owner[rows]]),
     }
 
 
-def _start_tokens(
-    places: Sequence[tuple[int, int]], shown: np.ndarray, counting: bool
-) -> np.ndarray:
-    """Bool [start]: the tokens that show those places' things, or all of a place if it is empty.
+def _looks(kind: str, question: Asked, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bool [start] and [target's layers, start]: where a question's subject and target are.
 
-    counting: the middle of each thing, and the first token of the prompt, so that the share of attention the things
-    get tells how many they are.
+    Counting has no subject, so any token will do. Its target's layers visit the places in turn: what is to be counted
+    there, or else the first token of the prompt, so that every thing found adds the same to the answer.
     """
+    if kind != COUNT:
+        subject, target = (_tokens_of(p, shown) for p in (question.subject, question.target))
+        return subject, np.broadcast_to(target, (len(TARGET_LAYERS), len(target)))
+    nothing = np.arange(len(prompt_start())) == 0
+    counted = set(question.target)
+    places = [divmod(layer % (GRID * GRID), GRID) for layer in range(len(TARGET_LAYERS))]
+    visits = [_tokens_of((p,), shown) if p in counted else nothing for p in places]
+    return np.ones_like(nothing), np.stack(visits)
+
+
+def _tokens_of(places: Sequence[tuple[int, int]], shown: np.ndarray) -> np.ndarray:
+    """Bool [start]: the tokens that show those places' things, or all of a place if it is empty."""
     start = prompt_start()
     first = start.index(token(IMAGE_TOKEN))
     part = shown[:, list(ATTRIBUTES).index("part")].reshape(PATCHES, PATCHES)
@@ -149,13 +152,9 @@ def _start_tokens(
             slice(row * PER_PLACE, (row + 1) * PER_PLACE),
             slice(column * PER_PLACE, (column + 1) * PER_PLACE),
         )
-        if counting:
-            patches[place] = part[place] == PARTS.index("centre")
-        else:
-            thing = part[place] != PARTS.index("nothing")
-            patches[place] = thing if thing.any() else True
+        thing = part[place] != PARTS.index("nothing")
+        patches[place] = thing if thing.any() else True
     tokens = np.zeros(len(start), dtype=bool)
-    tokens[0] = counting
     tokens[first : first + PATCHES * PATCHES] = patches.flatten()
     return tokens
 

@@ -11,11 +11,11 @@ from tests.engine.conftest import engine_args
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
 from tests.engine.probes import generate, generate_one_by_one, runner_name
-from tests.engine.requests import MIXED, SCENES, SceneAsk, scene_questions
+from tests.engine.requests import MIXED, SCENES, Ask, SceneAsk, scene_questions
 from vllm_reroute.config import RerouteOptions
 
-# Of the trained model, and of the seeded ones.
-TRAINED_DEPTH, DEPTH = 32, 8
+# Of the seeded models, and of the trained one, for whose depth the schedules were published.
+DEPTH, TRAINED_DEPTH = 8, 32
 
 PUBLISHED = [
     {"schedule": schedule, "action": action, "tier": tier}
@@ -34,31 +34,33 @@ CUSTOM = [
     {"schedule": "pdrop", "budget": 200},
 ]
 
+CASES = [
+    *(("grounding", TRAINED_DEPTH, options, SCENES) for options in PUBLISHED),
+    *(("grouped", DEPTH, options, MIXED) for options in CUSTOM),
+]
+
 
 def label(options: dict[str, Any]) -> str:
     return "-".join(str(v).replace(" ", "") for v in options.values())
 
 
 # The oracle's answers serve both runners.
-@pytest.mark.parametrize("options", PUBLISHED, ids=label)
-def test_published_schedule_agrees_with_oracle(
-    host: EngineHost, models: Any, oracles: OracleAnswers, options: dict[str, Any]
+@pytest.mark.parametrize(
+    ("model", "depth", "options", "asks"), CASES, ids=[f"{c[0]}-{label(c[2])}" for c in CASES]
+)
+def test_schedule_agrees_with_oracle(
+    host: EngineHost,
+    models: Any,
+    oracles: OracleAnswers,
+    model: str,
+    depth: int,
+    options: dict[str, Any],
+    asks: tuple[Ask, ...],
 ) -> None:
-    """On the trained model, whose depth the schedules were published for."""
-    schedule = RerouteOptions.from_mapping(options).resolve(TRAINED_DEPTH)
-    host.engine(**engine_args(models["grounding"], options))
-    for ask, answer in zip(SCENES, host.call(generate, SCENES), strict=True):
-        oracles.check("grounding", schedule, ask, answer)
-
-
-@pytest.mark.parametrize("options", CUSTOM, ids=label)
-def test_custom_schedule_agrees_with_oracle(
-    host: EngineHost, models: Any, oracles: OracleAnswers, options: dict[str, Any]
-) -> None:
-    schedule = RerouteOptions.from_mapping(options).resolve(DEPTH)
-    host.engine(**engine_args(models["grouped"], options))
-    for ask, answer in zip(MIXED, host.call(generate, MIXED), strict=True):
-        oracles.check("grouped", schedule, ask, answer)
+    schedule = RerouteOptions.from_mapping(options).resolve(depth)
+    host.engine(**engine_args(models[model], options))
+    for ask, answer in zip(asks, host.call(generate, asks), strict=True):
+        oracles.check(model, schedule, ask, answer)
 
 
 def test_the_trained_model_answers_its_questions(v1: EngineHost, models: Any) -> None:
