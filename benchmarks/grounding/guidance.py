@@ -23,18 +23,19 @@ class Guide:
 
     rows: int64 [pictures, rows], places on the picture's lines; -1 pads. subject: bool [pictures, rows, start],
     target: bool [pictures, rows, target's layers, start], tokens of the prompt start. It does not matter at which of
-    the tokens a head looks.
+    the tokens a head looks. weight: fp32 [pictures, rows, guided layers].
     """
 
     rows: Tensor
     subject: Tensor
     target: Tensor
+    weight: Tensor
 
 
 def guidance_loss(
     queries: Sequence[Tensor], keys: Sequence[Tensor], owner: Tensor, guide: Guide
 ) -> Tensor:
-    """How far the first heads of the guided layers look elsewhere; a mean over layers and rows.
+    """How far the first heads of the guided layers look elsewhere; a weighted mean over layers and rows.
 
     queries, keys: of every layer, [pictures, start + tokens, head size]. owner: [pictures, tokens], as in `Lines`.
     """
@@ -51,7 +52,7 @@ def guidance_loss(
     subject = guide.subject[:, :, None].expand(-1, -1, len(SUBJECT_LAYERS), -1)
     wanted = torch.cat([subject, guide.target], dim=2)
     elsewhere = -likely.masked_fill(~wanted, -1e30).logsumexp(dim=-1)
-    return elsewhere[guide.rows >= 0].mean()
+    return (elsewhere * guide.weight)[guide.rows >= 0].mean()
 
 
 def _sees(owner: Tensor, rows: Tensor, start: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from benchmarks.grounding.guidance import TARGET_LAYERS, Guide
+from benchmarks.grounding.guidance import SUBJECT_LAYERS, TARGET_LAYERS, Guide
 from benchmarks.grounding.packing import Lines, pack
 from benchmarks.grounding.questions import KINDS, Asked
 from benchmarks.grounding.scenes import GRID, Scene, render, sample_scene
@@ -32,6 +32,7 @@ LINES, LINE_LENGTH = 5, 56
 # A question with its answer takes at least so many tokens.
 SHORTEST = 8
 COUNT = "count"
+FOUND_WEIGHT = 10
 PER_PLACE = PATCHES // GRID
 
 
@@ -100,12 +101,10 @@ def _questions(
         numbers = [list(KINDS).index(kind) for kind, _ in asked]
         of_kind.append([*numbers[:laid_out], *[-1] * (len(asked) - laid_out)])
     most = max(len(each["rows"]) for each in guides)
-    fill = {"rows": -1, "subject": False, "target": False}
+    fill = {"rows": -1, "subject": False, "target": False, "weight": 0}
     guide = Guide(
         **{
-            name: torch.from_numpy(
-                np.stack([_padded(each[name], most, value) for each in guides])
-            )
+            name: torch.from_numpy(np.stack([_padded(each[name], most, value) for each in guides]))
             for name, value in fill.items()
         }
     )
@@ -122,26 +121,31 @@ def _guide(fields: dict, asked: list[tuple[str, Asked]], shown: np.ndarray) -> d
         "rows": rows,
         "subject": np.stack([looks[number][0] for number in owner[rows]]),
         "target": np.stack([looks[number][1] for number in owner[rows]]),
+        "weight": np.stack([looks[number][2] for number in owner[rows]]),
     }
 
 
-def _looks(kind: str, question: Asked, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bool [start] and [target's layers, start]: where a question's subject and target are.
+def _looks(kind: str, question: Asked, shown: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Bool [start] and [target's layers, start]: where subject and target are; fp32 [guided layers]: what each weighs.
 
-    Counting has no subject, so any token will do. Its target's layers visit the places in turn: what is to be counted
-    there, or else the first token of the prompt, so that every thing found adds the same to the answer.
+    Counting has no subject. Its target's layers visit the places in turn: what is to be counted there, or else the
+    first token of the prompt, so that every thing found adds the same to the answer. Finding one is rare, so it
+    weighs more.
     """
+    first, then = len(SUBJECT_LAYERS), len(TARGET_LAYERS)
+    weight = np.ones(first + then, dtype=np.float32)
     if kind != COUNT:
-        subject, target = (_tokens_of(p, shown) for p in (question.subject, question.target))
-        return subject, np.broadcast_to(target, (len(TARGET_LAYERS), len(target)))
+        subject, target = (tokens_of(p, shown) for p in (question.subject, question.target))
+        return subject, np.broadcast_to(target, (then, len(target))), weight
     nothing = np.arange(len(prompt_start())) == 0
-    counted = set(question.target)
-    places = [divmod(layer % (GRID * GRID), GRID) for layer in range(len(TARGET_LAYERS))]
-    visits = [_tokens_of((p,), shown) if p in counted else nothing for p in places]
-    return np.ones_like(nothing), np.stack(visits)
+    places = [divmod(layer % (GRID * GRID), GRID) for layer in range(then)]
+    found = np.array([place in question.target for place in places])
+    visits = [tokens_of((p,), shown) if f else nothing for p, f in zip(places, found, strict=True)]
+    weight[:first], weight[first:] = 0, np.where(found, FOUND_WEIGHT, 1)
+    return nothing, np.stack(visits), weight
 
 
-def _tokens_of(places: Sequence[tuple[int, int]], shown: np.ndarray) -> np.ndarray:
+def tokens_of(places: Sequence[tuple[int, int]], shown: np.ndarray) -> np.ndarray:
     """Bool [start]: the tokens that show those places' things, or all of a place if it is empty."""
     start = prompt_start()
     first = start.index(token(IMAGE_TOKEN))

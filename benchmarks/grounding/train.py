@@ -43,7 +43,7 @@ LESSONS = {
     "seeing": Lesson(pictures=24),
     "answering": Lesson(pictures=6, kinds=(*KINDS, *HARDER)),
 }
-STEPS = {"seeing": 1500, "answering": 1000}
+STEPS = {"seeing": 1500, "answering": 1100}
 FIRST_SEEDS = {"seeing": 10**7, "answering": 3 * 10**8}
 # Peak learning rates: Muon's of matrices in the tower and in the decoder, AdamW's of everything else.
 RATES = {"seeing": (0.02, 0.0, 3e-3), "answering": (0.004, 0.01, 2e-3)}
@@ -51,7 +51,7 @@ COOLDOWN = {"seeing": 0.4, "answering": 0.45}
 WARMUP = 50
 NAMING_WEIGHT = 1.0
 # Guidance stays whole for this share of answering, then fades to nothing.
-GUIDED, FADING = 0.5, 0.3
+GUIDED, FADING = 0.7, 0.25
 SAVE_EVERY = 50
 TEST_QUESTIONS = 2007
 DTYPE = torch.bfloat16

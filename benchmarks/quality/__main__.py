@@ -107,7 +107,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(words)
     if args.publish and (args.quick or args.fresh or args.base_url):
-        parser.error("--publish reports a full run that is there; give it without --quick, --fresh and --base-url.")
+        parser.error(
+            "--publish reports a full run that is there; give it without --quick, --fresh and --base-url."
+        )
     if args.questions is None:
         args.questions = QUICK_QUESTIONS if args.quick else QUESTIONS
     for name in ("questions", "concurrency"):

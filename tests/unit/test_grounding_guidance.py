@@ -30,9 +30,7 @@ def batch():
 def cells_of(tokens: torch.Tensor) -> set[str]:
     """Places of the visual tokens among those of a prompt start."""
     patches = tokens[FIRST : FIRST + VISUAL_TOKENS].nonzero().flatten().tolist()
-    return {
-        CELLS[p // PATCHES // PER_PLACE * 4 + p % PATCHES // PER_PLACE] for p in patches
-    }
+    return {CELLS[p // PATCHES // PER_PLACE * 4 + p % PATCHES // PER_PLACE] for p in patches}
 
 
 def rows_with_kind(batch):
@@ -79,8 +77,14 @@ def test_counting_visits_every_place_once_and_finds_as_many_things(batch):
             assert len(visits) == len(CELLS)
             found = [cells_of(visit) for visit in visits if not visit[BOS]]
             assert [visit.sum() for visit in visits if visit[BOS]] == [1] * (16 - len(found))
-            assert all(cells == {CELLS[n]} for n, cells in enumerate(map(cells_of, visits)) if cells)
+            assert all(
+                cells == {CELLS[n]} for n, cells in enumerate(map(cells_of, visits)) if cells
+            )
             assert word(str(len(found))) == said
+            weight = batch.guide.weight[picture, number]
+            assert (weight[: len(SUBJECT_LAYERS)] == 0).all()
+            heavy = [not visit[BOS] for visit in visits]
+            assert (weight[len(SUBJECT_LAYERS) :] > 1).tolist() == heavy
             counted += 1
     assert counted > 5
 
@@ -101,6 +105,7 @@ def scene() -> tuple[Guide, torch.Tensor, torch.Tensor, torch.Tensor]:
         rows=torch.tensor([[3, -1]]),
         subject=subject.expand(1, 2, -1),
         target=target.expand(1, 2, len(TARGET_LAYERS), -1),
+        weight=torch.ones(1, 2, len(SUBJECT_LAYERS) + len(TARGET_LAYERS)),
     )
     return guide, owner, subject, target
 
