@@ -43,11 +43,11 @@ LESSONS = {
     "seeing": Lesson(pictures=24),
     "answering": Lesson(pictures=6, kinds=(*KINDS, *HARDER)),
 }
-STEPS = {"seeing": 1500, "answering": 1100}
+STEPS = {"seeing": 1500, "answering": 1350}
 FIRST_SEEDS = {"seeing": 10**7, "answering": 3 * 10**8}
 # Peak learning rates: Muon's of matrices in the tower and in the decoder, AdamW's of everything else.
 RATES = {"seeing": (0.02, 0.0, 3e-3), "answering": (0.004, 0.01, 2e-3)}
-COOLDOWN = {"seeing": 0.4, "answering": 0.45}
+COOLDOWN = {"seeing": 0.4, "answering": 0.2}
 WARMUP = 50
 NAMING_WEIGHT = 1.0
 # Guidance stays whole for this share of answering, then fades to nothing.
@@ -182,11 +182,12 @@ class Trainer:
 
     def _run(self, phase: str) -> None:
         stepping = optimizers(self.model, phase)
-        groups = [group for each in stepping for group in each.param_groups]
-        peaks = [group["lr"] for group in groups]
+        peaks = [group["lr"] for each in stepping for group in each.param_groups]
         if self.optimizer_state is not None:
             for each, state in zip(stepping, self.optimizer_state, strict=True):
                 each.load_state_dict(state)
+        # Only now: loading a state makes new groups.
+        groups = [group for each in stepping for group in each.param_groups]
         steps, done = STEPS[phase], self.done[phase]
         lessons = Lessons(LESSONS[phase], FIRST_SEEDS[phase], self.worker, self.workers)
         loader = DataLoader(
