@@ -126,12 +126,20 @@ def optimizers(model: nn.Module, phase: str) -> list[torch.optim.Optimizer]:
             others.append(parameter)
         else:
             (tower if sees else decoder).append(parameter)
-    rates = RATES[phase]
-    matrices = [{"params": p, "lr": lr} for p, lr in zip((tower, decoder), rates[:2], strict=True)]
-    return [
-        Muon([group for group in matrices if group["params"]]),
-        torch.optim.AdamW(others, lr=rates[2], betas=(0.9, 0.98), weight_decay=0.0),
+    groups = [
+        {"params": parameters, "lr": peak, "peak": peak}
+        for parameters, peak in zip((tower, decoder, others), RATES[phase], strict=True)
     ]
+    return [
+        Muon([group for group in groups[:2] if group["params"]]),
+        torch.optim.AdamW(groups[2:], betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def set_rates(stepping: Iterable[torch.optim.Optimizer], phase: str, step: int) -> None:
+    for each in stepping:
+        for group in each.param_groups:
+            group["lr"] = group["peak"] * rate(step, STEPS[phase], COOLDOWN[phase])
 
 
 class Trainer:
@@ -182,12 +190,9 @@ class Trainer:
 
     def _run(self, phase: str) -> None:
         stepping = optimizers(self.model, phase)
-        peaks = [group["lr"] for each in stepping for group in each.param_groups]
         if self.optimizer_state is not None:
             for each, state in zip(stepping, self.optimizer_state, strict=True):
                 each.load_state_dict(state)
-        # Only now: loading a state makes new groups.
-        groups = [group for each in stepping for group in each.param_groups]
         steps, done = STEPS[phase], self.done[phase]
         lessons = Lessons(LESSONS[phase], FIRST_SEEDS[phase], self.worker, self.workers)
         loader = DataLoader(
@@ -200,8 +205,7 @@ class Trainer:
         )
         bar = tqdm(total=steps, initial=done, desc=phase, disable=self.worker > 0, unit="step")
         for step, batch in zip(range(done, steps), loader, strict=True):
-            for group, peak in zip(groups, peaks, strict=True):
-                group["lr"] = peak * rate(step, steps, COOLDOWN[phase])
+            set_rates(stepping, phase, step)
             self._step(batch, guidance_weight(step, steps), stepping)
             self.done[phase] += 1
             bar.update()
