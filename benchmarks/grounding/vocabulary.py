@@ -145,4 +145,7 @@ def answer_tokens(answer: str) -> tuple[int, ...]:
 
 def make_processor() -> LlavaProcessor:
     """LLaVA-1.5's processor for this tokenizer and picture size."""
-    return local_tokenizer.make_processor(IMAGE_SIZE, PATCH_SIZE, trained_tokenizer())
+    processor = local_tokenizer.make_processor(IMAGE_SIZE, PATCH_SIZE, trained_tokenizer())
+    # A chat server adds no special tokens of its own, and this model leans on its first token.
+    processor.chat_template = "{{ bos_token }}" + processor.chat_template
+    return processor

@@ -37,9 +37,11 @@ def test_training_sees_the_tokens_that_serving_sees(processor):
         chat = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        assert chat == prompt(question.text)
-        ids = processor(text=f"{chat} {question.answer}", images=question.image)["input_ids"][0]
-        assert list(ids) == [
+        assert chat == "<s>" + prompt(question.text)
+        said = processor(
+            text=f"{chat} {question.answer}", images=question.image, add_special_tokens=False
+        )
+        assert list(said["input_ids"][0]) == [
             *prompt_start(),
             *question_tokens(question.text),
             *answer_tokens(question.answer)[:-1],
