@@ -54,7 +54,12 @@ class OracleAnswers:
         return self._results[request]
 
     def check(
-        self, model: str, schedule: RoutingSchedule, ask: Ask | FamilyAsk, answer: Answer
+        self,
+        model: str,
+        schedule: RoutingSchedule,
+        ask: Ask | FamilyAsk,
+        answer: Answer,
+        tolerance: float = LOGPROB_TOLERANCE,
     ) -> OracleResult:
         """Tokens, log-probabilities, decisions and the oracle's own K/V lengths."""
         result = self.result(model, schedule, ask, answer.prompt_token_ids)
@@ -62,7 +67,7 @@ class OracleAnswers:
         for step, logprobs in enumerate(answer.logprobs):
             for token, logprob in logprobs.items():
                 expected = result.logprobs[step, token].item()
-                assert abs(logprob - expected) < LOGPROB_TOLERANCE, (step, token, logprob, expected)
+                assert abs(logprob - expected) < tolerance, (step, token, logprob, expected)
         if ask.visual:
             assert answer.selected == result.selected
         self._check_oracle_lengths(schedule, ask, answer, result)

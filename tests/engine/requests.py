@@ -60,7 +60,8 @@ class Ask:
 class SceneAsk(Ask):
     """A request about rendered scenes. images: which questions of the test split they belong to."""
 
-    max_tokens: int = 8
+    # The longest answer with its end; what would follow that is noise.
+    max_tokens: int = 4
 
     def pictures(self) -> list[Any]:
         return [scene_questions()[i].image for i in self.images]
