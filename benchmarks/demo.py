@@ -28,6 +28,8 @@ from benchmarks.local_server import LOGS, LocalServer, say
 # Small, so that a block is a visible share of the pool.
 POOL_BYTES = 256 * 2**20
 ANSWER_TOKENS = 16
+# Long enough for the server's gauge of its KV cache to be read while the request runs.
+GAUGED_TOKENS = 64
 PICTURE = LOGS.parent / "demo.png"
 # On CPU vLLM would take 128 and round both servers up; the smallest that each kind of backend supports is fairer.
 ON_GPU = shutil.which("nvidia-smi") is not None
@@ -172,9 +174,8 @@ def measure(
             base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=300
         )
         # The first request compiles and fills allocators; its time is discarded.
-        words, used = [], 0.0
-        for word in ask(client, request, ANSWER_TOKENS):
-            words.append(word)
+        answer, used = "".join(ask(client, request, ANSWER_TOKENS)), 0.0
+        for _ in ask(client, request, GAUGED_TOKENS, ignore_eos=True):
             used = max(used, server.metric("vllm:kv_cache_usage_perc"))
         seconds = []
         for repeat in range(args.repeats):
@@ -182,7 +183,7 @@ def measure(
             seconds.append(seconds_to_first_token(client, request))
         num_blocks = int(server.label("vllm:cache_config_info", "num_gpu_blocks"))
     return Measured(
-        answer="".join(words).strip(),
+        answer=answer.strip(),
         # One block is vLLM's null block, which the share leaves out.
         blocks=round(used * (num_blocks - 1)),
         block_bytes=POOL_BYTES / num_blocks,
@@ -190,8 +191,10 @@ def measure(
     )
 
 
-def ask(client: openai.OpenAI, request: Request, max_tokens: int) -> Iterator[str]:
-    """Streams the answer's text as the server sends it."""
+def ask(
+    client: openai.OpenAI, request: Request, max_tokens: int, ignore_eos: bool = False
+) -> Iterator[str]:
+    """Streams the answer's text as the server sends it, with empty pieces where there is none to show."""
     data = base64.b64encode(request.png).decode()
     content = [
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
@@ -203,17 +206,18 @@ def ask(client: openai.OpenAI, request: Request, max_tokens: int) -> Iterator[st
         max_tokens=max_tokens,
         temperature=0,
         stream=True,
+        extra_body={"ignore_eos": ignore_eos},
     )
     with stream:
         for chunk in stream:
-            if chunk.choices and chunk.choices[0].delta.content:
-                yield chunk.choices[0].delta.content
+            if chunk.choices:
+                yield chunk.choices[0].delta.content or ""
 
 
 def seconds_to_first_token(client: openai.OpenAI, request: Request) -> float:
     """From sending the request to the first word of the answer, image upload and processing included."""
     started = time.perf_counter()
-    for _ in ask(client, request, max_tokens=1):
+    if any(ask(client, request, max_tokens=1)):
         return time.perf_counter() - started
     raise RuntimeError("The server sent no text. Its log is in .local/logs.")
 
