@@ -26,7 +26,7 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[LlavaForConditionalGeneratio
 
 
 def prompt(text: str) -> str:
-    """LLaVA-1.5's prompt, as the chat template writes it."""
+    """LLaVA-1.5's prompt as the chat template writes it, but for the `<s>` that tokenizing adds."""
     return f"USER: <image>\n{text} ASSISTANT:"
 
 

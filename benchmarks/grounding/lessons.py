@@ -11,7 +11,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from benchmarks.grounding.guidance import SUBJECT_LAYERS, TARGET_LAYERS, Guide
 from benchmarks.grounding.packing import Lines, pack
-from benchmarks.grounding.questions import KINDS, Asked
+from benchmarks.grounding.questions import KINDS, NOTHING, Asked
 from benchmarks.grounding.scenes import GRID, Scene, render, sample_scene
 from benchmarks.grounding.vocabulary import (
     ATTRIBUTES,
@@ -156,7 +156,7 @@ def tokens_of(places: Sequence[tuple[int, int]], shown: np.ndarray) -> np.ndarra
             slice(row * PER_PLACE, (row + 1) * PER_PLACE),
             slice(column * PER_PLACE, (column + 1) * PER_PLACE),
         )
-        thing = part[place] != PARTS.index("nothing")
+        thing = part[place] != PARTS.index(NOTHING)
         patches[place] = thing if thing.any() else True
     tokens = np.zeros(len(start), dtype=bool)
     tokens[first : first + PATCHES * PATCHES] = patches.flatten()
