@@ -17,7 +17,7 @@ from benchmarks.grounding.questions import KINDS, SPLITS, Question, questions
 
 MODEL = Path(__file__).resolve().parent / "model"
 # Longest answer in tokens, with its end.
-ANSWER_TOKENS = 4
+ANSWER_TOKENS = 12
 
 
 def load(folder: Path, dtype: torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

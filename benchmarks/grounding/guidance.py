@@ -2,8 +2,6 @@
 
 "What is left of the red circle?" has a subject, the red circle, and a target, the place left of it. Retrieval forms in
 a few hundred steps when one head of each layer is told where to look, and hardly at all when it has to find out.
-
-Counting is looking at one place after the other: each of the target's layers visits a place of its own.
 """
 
 from collections.abc import Sequence
@@ -21,21 +19,19 @@ TARGET_LAYERS = range(13, 29)
 class Guide:
     """Where to look from the positions that are to say a word of an answer.
 
-    rows: int64 [pictures, rows], places on the picture's lines; -1 pads. subject: bool [pictures, rows, start],
-    target: bool [pictures, rows, target's layers, start], tokens of the prompt start. It does not matter at which of
-    the tokens a head looks. weight: fp32 [pictures, rows, guided layers].
+    rows: int64 [pictures, rows], places on the picture's lines; -1 pads. subject, target: bool [pictures, rows, start],
+    tokens of the prompt start. It does not matter at which of the tokens a head looks.
     """
 
     rows: Tensor
     subject: Tensor
     target: Tensor
-    weight: Tensor
 
 
 def guidance_loss(
     queries: Sequence[Tensor], keys: Sequence[Tensor], owner: Tensor, guide: Guide
 ) -> Tensor:
-    """How far the first heads of the guided layers look elsewhere; a weighted mean over layers and rows.
+    """How far the first heads of the guided layers look elsewhere; a mean over layers and rows.
 
     queries, keys: of every layer, [pictures, start + tokens, head size]. owner: [pictures, tokens], as in `Lines`.
     """
@@ -49,10 +45,11 @@ def guidance_loss(
     logits = torch.einsum("prld,ptld->prlt", query.float(), key.float()) * size**-0.5
     sees = _sees(owner, rows, start)[:, :, None]
     likely = logits.masked_fill(~sees, -1e30).log_softmax(dim=-1)[..., :start]
-    subject = guide.subject[:, :, None].expand(-1, -1, len(SUBJECT_LAYERS), -1)
-    wanted = torch.cat([subject, guide.target], dim=2)
+    wanted = torch.stack(
+        [guide.subject if layer in SUBJECT_LAYERS else guide.target for layer in guided], dim=2
+    )
     elsewhere = -likely.masked_fill(~wanted, -1e30).logsumexp(dim=-1)
-    return (elsewhere * guide.weight)[guide.rows >= 0].mean()
+    return elsewhere[guide.rows >= 0].mean()
 
 
 def _sees(owner: Tensor, rows: Tensor, start: int) -> Tensor:

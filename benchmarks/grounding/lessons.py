@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from benchmarks.grounding.guidance import SUBJECT_LAYERS, TARGET_LAYERS, Guide
+from benchmarks.grounding.guidance import Guide
 from benchmarks.grounding.packing import Lines, pack
 from benchmarks.grounding.questions import KINDS, NOTHING, Asked
 from benchmarks.grounding.scenes import GRID, Scene, render, sample_scene
@@ -32,7 +32,6 @@ LINES, LINE_LENGTH = 5, 56
 # A question with its answer takes at least so many tokens.
 SHORTEST = 8
 COUNT = "count"
-FOUND_WEIGHT = 10
 PER_PLACE = PATCHES // GRID
 
 
@@ -101,7 +100,7 @@ def _questions(
         numbers = [list(KINDS).index(kind) for kind, _ in asked]
         of_kind.append([*numbers[:laid_out], *[-1] * (len(asked) - laid_out)])
     most = max(len(each["rows"]) for each in guides)
-    fill = {"rows": -1, "subject": False, "target": False, "weight": 0}
+    fill = {"rows": -1, "subject": False, "target": False}
     guide = Guide(
         **{
             name: torch.from_numpy(np.stack([_padded(each[name], most, value) for each in guides]))
@@ -116,33 +115,23 @@ def _guide(fields: dict, asked: list[tuple[str, Asked]], shown: np.ndarray) -> d
     """The fields of `Guide` for one picture: a row for every word of an answer but its end."""
     targets, owner = fields["targets"].flatten().numpy(), fields["owner"].flatten().numpy()
     rows = np.flatnonzero((targets != IGNORED) & (targets != token("</s>")))
-    looks = {number: _looks(*asked[number], shown) for number in np.unique(owner[rows])}
-    return {
-        "rows": rows,
-        "subject": np.stack([looks[number][0] for number in owner[rows]]),
-        "target": np.stack([looks[number][1] for number in owner[rows]]),
-        "weight": np.stack([looks[number][2] for number in owner[rows]]),
-    }
+    first = {number: rows[owner[rows] == number][0] for number in np.unique(owner[rows])}
+    looks = [_looks(*asked[owner[row]], row - first[owner[row]], shown) for row in rows]
+    subject, target = map(np.stack, zip(*looks, strict=True))
+    return {"rows": rows, "subject": subject, "target": target}
 
 
-def _looks(kind: str, question: Asked, shown: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Bool [start] and [target's layers, start]: where subject and target are; fp32 [guided layers]: what each weighs.
+def _looks(kind: str, question: Asked, word: int, shown: np.ndarray) -> list[np.ndarray]:
+    """Bool [start] twice: where subject and target are when that word of the answer is to be said.
 
-    Counting has no subject. Its target's layers visit the places in turn: what is to be counted there, or else the
-    first token of the prompt, so that every thing found adds the same to the answer. Finding one is rare, so it
-    weighs more.
+    Counting names places in turn: its subject is all that are left, its target the next one. Where nothing is left,
+    it looks at the first token of the prompt.
     """
-    first, then = len(SUBJECT_LAYERS), len(TARGET_LAYERS)
-    weight = np.ones(first + then, dtype=np.float32)
-    if kind != COUNT:
-        subject, target = (tokens_of(p, shown) for p in (question.subject, question.target))
-        return subject, np.broadcast_to(target, (then, len(target))), weight
+    subject, target = question.subject, question.target
+    if kind == COUNT:
+        subject, target = target[word:], target[word : word + 1]
     nothing = np.arange(len(prompt_start())) == 0
-    places = [divmod(layer % (GRID * GRID), GRID) for layer in range(then)]
-    found = np.array([place in question.target for place in places])
-    visits = [tokens_of((p,), shown) if f else nothing for p, f in zip(places, found, strict=True)]
-    weight[:first], weight[first:] = 0, np.where(found, FOUND_WEIGHT, 1)
-    return nothing, np.stack(visits), weight
+    return [tokens_of(places, shown) if places else nothing for places in (subject, target)]
 
 
 def tokens_of(places: Sequence[tuple[int, int]], shown: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
     "above": (-1, 0),
     "below": (1, 0),
 }
-NOTHING = "nothing"
+NOTHING, NOWHERE = "nothing", "nowhere"
 # How often a place that is asked about is an empty one, where the scene allows both.
 EMPTY_SHARE = 0.2
 # Largest and smallest are asked for only if the next in size differs by this factor.
@@ -42,7 +42,8 @@ Place = tuple[int, int]  # row, column
 class Asked(NamedTuple):
     """A question about a scene, its answer, and where one has to look for it.
 
-    subject: the places the words name. target: the places the answer is read from, often the same.
+    subject: the places the words name. target: the places the answer is read from, often the same. An answer that
+    names places names the target's in turn.
     """
 
     text: str
@@ -120,11 +121,17 @@ def _count(scene: Scene, rng: np.random.Generator) -> Asked:
         # Two of eight times a shape that is there for sure.
         shape = SHAPES[number] if number < len(SHAPES) else _any(scene.things, rng).shape
         counted = [thing for thing in scene.things if thing.shape == shape]
-        return _of(f"How many {plural(shape)} are there?", str(len(counted)), *counted)
+        return _places_and_number(plural(shape), counted)
     number = rng.integers(len(COLOURS) + 4)
     colour = list(COLOURS)[number] if number < len(COLOURS) else _any(scene.things, rng).colour
     counted = [thing for thing in scene.things if thing.colour == colour]
-    return _of(f"How many {colour} things are there?", str(len(counted)), *counted)
+    return _places_and_number(f"{colour} things", counted)
+
+
+def _places_and_number(words: str, counted: list[Thing]) -> Asked:
+    """Counting aloud: "b2 c4: 2" needs one look for each thing, a bare "2" all of them in one."""
+    cells = " ".join(thing.cell for thing in counted) or NOWHERE
+    return _of(f"Where are the {words}, and how many?", f"{cells}: {len(counted)}", *counted)
 
 
 def _beside(scene: Scene, rng: np.random.Generator) -> Asked | None:

@@ -18,7 +18,7 @@ from tokenizers import (
 from transformers import LlavaProcessor
 
 from benchmarks import local_tokenizer
-from benchmarks.grounding.questions import DIRECTIONS, NOTHING, plural
+from benchmarks.grounding.questions import DIRECTIONS, NOTHING, NOWHERE, plural
 from benchmarks.grounding.scenes import (
     COLOURS,
     GRID,
@@ -51,14 +51,15 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 # Words with the space before them.
 WORDS = (
-    *("is", "at", "of", "the", "has", "are", "there", "many", "label", "thing", "things"),
+    *("is", "at", "of", "the", "has", "are", "and", "how", "many", "label", "thing", "things"),
     *(word for direction in DIRECTIONS for word in direction.split()),
     *map(plural, SHAPES),
     *dict.fromkeys(word for group in ATTRIBUTES.values() for word in group),
     *(digit for digit in "0123456789" if digit not in LABELS),
+    NOWHERE,
     "ASSISTANT",
 )
-OPENING_WORDS = ("USER", "Where", "What", "How")
+OPENING_WORDS = ("USER", "Where", "What")
 # Letters and digits stay together, so that a cell's name is one word.
 WORD_PATTERN = r" ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]+|\s+"
 

@@ -13,7 +13,7 @@ from benchmarks.grounding.questions import Question
 from benchmarks.quality.outcomes import Outcome
 from benchmarks.quality.replies import answer_in
 
-MAX_TOKENS = 8
+MAX_TOKENS = 12
 SAMPLING = {"max_tokens": MAX_TOKENS, "temperature": 0}
 ERROR_LENGTH = 300
 

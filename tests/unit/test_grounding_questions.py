@@ -119,12 +119,13 @@ def second_opinion(scene: Scene, text: str) -> set[str]:
         return {f"{t.colour} {t.shape}" for t in here} or {"nothing"}
     if found := re.fullmatch(r"What has the label (\w)\?", text):
         return {f"{t.colour} {t.shape}" for t in scene.things if t.label == found[1]}
-    if found := re.fullmatch(r"How many (\w+) things are there\?", text):
-        return {str([t.colour for t in scene.things].count(found[1]))}
-    if found := re.fullmatch(r"How many (\w+)s are there\?", text):
-        shape = found[1].removesuffix("e") if found[1] == "crosse" else found[1]
-        assert shape in SHAPES
-        return {str([t.shape for t in scene.things].count(shape))}
+    if found := re.fullmatch(r"Where are the (?:(\w+) things|(\w+)s), and how many\?", text):
+        shape = "cross" if found[2] == "crosse" else found[2]
+        assert found[1] in COLOURS or shape in SHAPES
+        cells = sorted(
+            cell_drawn(t) for t in scene.things if found[1] == t.colour or shape == t.shape
+        )
+        return {f"{' '.join(cells) or 'nowhere'}: {len(cells)}"}
     if found := re.fullmatch(r"What is the label of the (.+)\?", text):
         return {thing.label for thing in meant(scene, found[1])}
     found = re.fullmatch(r"What is ((?:left of|right of|above|below) the .+)\?", text)
