@@ -30,16 +30,23 @@ STEPS_PER_TOKEN = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """A schedule of `SCHEDULES` as one method uses it. flags: further flags of the server."""
+    """A schedule of `SCHEDULES` as one method uses it.
+
+    first_layer: takes the place of its first decision layer. flags: further flags of the server.
+    """
 
     schedule: str
     action: Action
     variant: str | None = None
+    first_layer: int | None = None
     flags: tuple[str, ...] = ()
 
     @property
-    def published(self) -> PublishedSchedule:
-        return SCHEDULES[self.schedule][self.action]
+    def schedule_for_32(self) -> PublishedSchedule:
+        published = SCHEDULES[self.schedule][self.action]
+        if self.first_layer is None:
+            return published
+        return replace(published, layers=(self.first_layer, *published.layers[1:]))
 
 
 DENSE, DOWNSAMPLE = "dense", "downsample"
@@ -52,6 +59,8 @@ METHODS: dict[str, Routing | None] = {
     "fastv reroute": Routing(schedule="fastv", action="reroute"),
     "pdrop remove": Routing(schedule="pdrop", action="remove"),
     "pdrop reroute": Routing(schedule="pdrop", action="reroute"),
+    "pdrop remove from 3": Routing(schedule="pdrop", action="remove", first_layer=3),
+    "pdrop reroute from 3": Routing(schedule="pdrop", action="reroute", first_layer=3),
 }
 if "nuwa" in SCHEDULES:
     METHODS |= {
@@ -64,6 +73,8 @@ if "nuwa" in SCHEDULES:
 COMPARISONS: tuple[tuple[str, str], ...] = (
     ("fastv reroute", "fastv remove"),
     ("pdrop reroute", "pdrop remove"),
+    ("pdrop reroute from 3", "pdrop remove from 3"),
+    ("pdrop reroute from 3", "pdrop reroute"),
     ("nuwa reroute A", "nuwa remove"),
     ("nuwa reroute B", "nuwa remove"),
     ("fastv remove", "random"),
@@ -147,17 +158,20 @@ def downsampled(budget: float, shape: ModelShape) -> Configuration:
 def routed(name: str, budget: float, shape: ModelShape) -> Configuration:
     """A routed method at the reachable average nearest to the budget.
 
-    Decision layers are the published ones, scaled to the depth. If the dense layers before the first decision alone
-    exceed the budget, the first decision moves to layer 1; if one dense layer does, the lowest average is taken.
-    A schedule whose first decision is the vision encoder's has no dense layers.
+    Decision layers are the published ones but for a method's own first layer, scaled to the depth. If the dense layers
+    before the first decision alone exceed the budget, the first decision moves to layer 1; if one dense layer does, the
+    lowest average is taken. A schedule whose first decision is the vision encoder's has no dense layers.
     """
     routing, depth, visual = METHODS[name], shape.decoder_layers, shape.visual_tokens
-    published = routing.published
+    published = routing.schedule_for_32
     wanted = budget * visual
     layers = scale_decision_layers(published.layers, depth)
     if published.starts_in_encoder or _lowest(layers, depth, visual) <= wanted:
-        options, schedule = _nearest(_published_options(routing), max(1.0, wanted), shape)
-        note = "published decision layers, scaled"
+        options_for, note = _published_options(routing), "published decision layers, scaled"
+        if routing.first_layer is not None:
+            options_for = _moved_options(routing, layers, depth)
+            note += f", but for the first, {layers[0]}"
+        options, schedule = _nearest(options_for, max(1.0, wanted), shape)
     else:
         moved = scale_decision_layers((1, *published.layers[1:]), depth)
         dense = f"{layers[0]} dense layer{'s' * (layers[0] > 1)} of {depth}"
@@ -198,7 +212,7 @@ def _published_options(routing: Routing):
 
 def _moved_options(routing: Routing, layers: tuple[int, ...], depth: int):
     """average for the reference image -> options with these decision layers and the published shape."""
-    published = replace(routing.published, layers=layers)
+    published = replace(routing.schedule_for_32, layers=layers)
     return lambda average: RerouteOptions(
         layers=layers,
         keep=solve_keep_ratios(published, depth, layers, average),

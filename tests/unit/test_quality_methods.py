@@ -58,6 +58,16 @@ def test_published_layers_are_kept_where_they_reach_the_budget():
     assert found.arguments[:4] == ("--reroute-schedule", "fastv", "--reroute-action", "reroute")
 
 
+def test_a_first_layer_of_its_own_keeps_the_other_layers_the_shape_and_the_average():
+    found = routed("pdrop reroute from 3", 0.22, LARGE)
+    assert found.decision_layers == (3, 7, 15, 23)
+    first, second, third, fourth = found.kept[1:]
+    assert first == second and third == pytest.approx(first / 2, abs=1) and fourth < third
+    assert found.average == pytest.approx(routed("pdrop reroute", 0.22, LARGE).average, abs=0.25)
+    assert "but for the first, 3" in found.note
+    assert served_average(found, LARGE) == found.average
+
+
 def test_first_decision_moves_where_dense_layers_alone_exceed_the_budget():
     found = routed("fastv reroute", 0.22, SMALL)
     assert found.decision_layers == scale_decision_layers((1, 7, 15, 23), 12)
