@@ -13,11 +13,9 @@ import torch
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from benchmarks.grounding.questions import KINDS, SPLITS, Question, questions
+from benchmarks.grounding.questions import ANSWER_TOKENS, KINDS, SPLITS, Question, questions
 
 MODEL = Path(__file__).resolve().parent / "model"
-# Longest answer in tokens, with its end.
-ANSWER_TOKENS = 12
 
 
 def load(folder: Path, dtype: torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

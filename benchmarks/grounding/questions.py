@@ -35,6 +35,8 @@ NOTHING, NOWHERE = "nothing", "nowhere"
 EMPTY_SHARE = 0.2
 # Largest and smallest are asked for only if the next in size differs by this factor.
 CLEAR_MARGIN = 1.15
+# Tokens of the longest answer where every word is one, with its end: "a1 a2 ...: 8".
+ANSWER_TOKENS = 12
 
 Place = tuple[int, int]  # row, column
 

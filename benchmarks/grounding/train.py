@@ -43,7 +43,7 @@ LESSONS = {
     "seeing": Lesson(pictures=24),
     "answering": Lesson(pictures=6, kinds=(*KINDS, *HARDER)),
 }
-STEPS = {"seeing": 1500, "answering": 2200}
+STEPS = {"seeing": 1500, "answering": 2600}
 FIRST_SEEDS = {"seeing": 10**7, "answering": 3 * 10**8}
 # Peak learning rates: Muon's of matrices in the tower and in the decoder, AdamW's of everything else.
 RATES = {"seeing": (0.02, 0.0, 3e-3), "answering": (0.004, 0.01, 2e-3)}

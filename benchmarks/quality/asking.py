@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import openai
 
-from benchmarks.grounding.questions import Question
+from benchmarks.grounding.questions import ANSWER_TOKENS, Question
 from benchmarks.quality.outcomes import Outcome
 from benchmarks.quality.replies import answer_in
 
-MAX_TOKENS = 12
-SAMPLING = {"max_tokens": MAX_TOKENS, "temperature": 0}
+SAMPLING = {"max_tokens": ANSWER_TOKENS, "temperature": 0}
 ERROR_LENGTH = 300
 
 

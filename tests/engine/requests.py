@@ -60,7 +60,7 @@ class Ask:
 class SceneAsk(Ask):
     """A request about rendered scenes. images: which questions of the test split they belong to."""
 
-    # The longest answer with its end; what would follow that is noise.
+    # Most answers with their end; what follows that is noise. Those that count may be longer.
     max_tokens: int = 4
 
     def pictures(self) -> list[Any]:

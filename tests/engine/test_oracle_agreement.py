@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from benchmarks.grounding.questions import ANSWER_TOKENS
 from tests.engine.conftest import engine_args
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import LOGPROB_TOLERANCE, OracleAnswers
@@ -69,7 +71,10 @@ def test_schedule_agrees_with_oracle(
 def test_the_trained_model_answers_its_questions(v1: EngineHost, models: Any) -> None:
     """So that agreement is about answers that mean something."""
     v1.engine(**engine_args(models["grounding"], None))
-    asks = [SceneAsk.about(number) for number in range(len(scene_questions()))]
+    asks = [
+        replace(SceneAsk.about(number), max_tokens=ANSWER_TOKENS)
+        for number in range(len(scene_questions()))
+    ]
     tokenizer = AutoTokenizer.from_pretrained(models["grounding"])
     said = [tokenizer.decode(answer.token_ids) for answer in v1.call(generate, asks)]
     right = [
