@@ -18,6 +18,7 @@ MIB = 2**20
 
 RANKED_BY = {
     "attention": "attention of the last prompt token",
+    "accumulated": "attention of the last prompt token, summed over the decisions so far",
     "random": "chance (a baseline: the choice ignores image and question)",
 }
 

@@ -50,6 +50,7 @@ class Routing:
 
 
 DENSE, DOWNSAMPLE = "dense", "downsample"
+ACCUMULATED = ("--reroute-scorer", "accumulated")
 # None: not routed.
 METHODS: dict[str, Routing | None] = {
     DENSE: None,
@@ -59,6 +60,8 @@ METHODS: dict[str, Routing | None] = {
     "fastv reroute": Routing(schedule="fastv", action="reroute"),
     "pdrop remove": Routing(schedule="pdrop", action="remove"),
     "pdrop reroute": Routing(schedule="pdrop", action="reroute"),
+    "fastv accumulated": Routing(schedule="fastv", action="reroute", flags=ACCUMULATED),
+    "pdrop accumulated": Routing(schedule="pdrop", action="reroute", flags=ACCUMULATED),
     "pdrop remove from 3": Routing(schedule="pdrop", action="remove", first_layer=3),
     "pdrop reroute from 3": Routing(schedule="pdrop", action="reroute", first_layer=3),
 }
@@ -73,6 +76,10 @@ if "nuwa" in SCHEDULES:
 COMPARISONS: tuple[tuple[str, str], ...] = (
     ("fastv reroute", "fastv remove"),
     ("pdrop reroute", "pdrop remove"),
+    ("fastv accumulated", "fastv reroute"),
+    ("fastv accumulated", "fastv remove"),
+    ("pdrop accumulated", "pdrop reroute"),
+    ("pdrop accumulated", "pdrop remove"),
     ("pdrop reroute from 3", "pdrop remove from 3"),
     ("pdrop reroute from 3", "pdrop reroute"),
     ("nuwa reroute A", "nuwa remove"),

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 PLOT, PLOT_BY_KIND = "quality.svg", "quality-by-kind.svg"
 DENSE = "dense"
 COLUMNS = 3
-# Colour by method; what reroutes is drawn through, what removes is dashed, what does neither dotted.
+# Colour by method; what reroutes is drawn through, what removes is dashed, what does neither dotted;
+# variants of rerouting are drawn with dots and dashes, moved decisions with hollow markers.
 COLOURS = {
     "random": "#7f7f7f",
     "downsample": "#bcbd22",
@@ -92,9 +93,12 @@ def _style(method: str) -> dict:
     how = {
         "reroute": {"linestyle": "-", "marker": "o"},
         "remove": {"linestyle": "--", "marker": "s"},
+        "accumulated": {"linestyle": "-.", "marker": "P"},
     }.get(action[0] if action else "", {"linestyle": ":", "marker": "^"})
     if action[1:] == ["B"]:
         how = {"linestyle": "-.", "marker": "D"}
+    if "from" in action:
+        how["markerfacecolor"] = "white"
     return {"color": COLOURS.get(family, OTHER_COLOUR), **how}
 
 

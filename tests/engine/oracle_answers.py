@@ -19,7 +19,11 @@ def oracle_of(folder: Path, schedule: RoutingSchedule) -> RoutedOracle:
     """The oracle for a checkpoint under a schedule."""
     if schedule.encoder_ratio is None:
         return RoutedOracle(
-            folder, action=schedule.action, layers=schedule.layers, keep=schedule.keep
+            folder,
+            action=schedule.action,
+            layers=schedule.layers,
+            keep=schedule.keep,
+            accumulates=schedule.scorer == "accumulated",
         )
     return NuwaOracle(
         folder,
@@ -44,6 +48,7 @@ class OracleAnswers:
     ) -> OracleResult:
         """prompt: the token ids the engine saw, placeholders expanded."""
         key = (model, schedule.action, schedule.variant, schedule.layers, schedule.keep)
+        key = (*key, schedule.scorer)
         if key not in self._oracles:
             self._oracles[key] = oracle_of(self._models[model], schedule)
         request = (key, ask.key)

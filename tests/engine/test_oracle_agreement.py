@@ -36,10 +36,13 @@ CUSTOM = [
     # One layer, then five.
     {"layers": [1, 2, 7], "keep": [0.7, 0.25, 0.02]},
     {"schedule": "pdrop", "budget": 200},
+    # Accumulates what is scored where all are kept, too.
+    {"layers": [1, 3, 6], "keep": [0.4, 1.0, 0.2], "scorer": "accumulated"},
 ]
 
 CASES = [
     *(("grounding", TRAINED_DEPTH, options, SCENES) for options in PUBLISHED),
+    ("grounding", TRAINED_DEPTH, {"schedule": "fastv", "scorer": "accumulated"}, SCENES),
     *(("grouped", DEPTH, options, MIXED) for options in CUSTOM),
 ]
 

@@ -29,7 +29,7 @@ class OracleResult:
     token_ids: list[int]  # generated, greedy or forced
     logprobs: Tensor  # [generated, vocab], fp32
     selected: list[list[int]]  # kept, as indices into the request's visual tokens, ascending
-    scores: list[Tensor]  # fp32 [candidates], ascending candidates: all, or what is left (remove)
+    scores: list[Tensor]  # fp32 [candidates], what ranked them; all, or what is left (remove)
     kv_lens: list[int]  # K/V entries per decoder layer at the end; the last token is never fed
 
 
@@ -37,7 +37,8 @@ class RoutedOracle:
     """Runs requests under one schedule; empty `layers` runs them dense.
 
     `keep` are shares of a request's original visual tokens, one per decision layer. The visual
-    tokens of all images and videos of a request are ranked jointly.
+    tokens of all images and videos of a request are ranked jointly. accumulates: by the sum of the
+    last prompt token's attention at this decision and all earlier ones; with reroute.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class RoutedOracle:
         action: Literal["remove", "reroute"],
         layers: Sequence[int],
         keep: Sequence[float],
+        accumulates: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(
@@ -58,7 +60,7 @@ class RoutedOracle:
         self.depth = len(self._decoder.layers)
         _check_schedule(action, layers, keep, self.depth)
         _check_deepstack(layers, self._family.num_deepstack_levels(self.model.config))
-        self.action = action
+        self.action, self.accumulates = action, accumulates
         self.keep_at = dict(zip(layers, keep, strict=True))
 
     @torch.inference_mode()
@@ -136,6 +138,8 @@ class RoutedOracle:
             if layer in self.keep_at:
                 candidates = kept if self.action == "remove" else visual
                 layer_scores = self._score(layer, hidden, prompt.positions, text, candidates)
+                if self.accumulates and scores:
+                    layer_scores = layer_scores + scores[-1]
                 count = num_kept(len(visual), self.keep_at[layer], len(candidates))
                 kept = highest(layer_scores, candidates, count)
                 selected.append([visual.index(row) for row in kept])

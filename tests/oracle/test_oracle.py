@@ -196,6 +196,16 @@ def test_deferred_hidden_states_wait_unchanged(checkpoint):
         assert torch.equal(before, after) == (token not in result.selected[0])
 
 
+def test_accumulated_scores_are_the_sum_of_those_at_the_same_decisions(checkpoint):
+    """All are kept until the last decision, so that both see the same states."""
+    schedule = {"layers": (1, 2, 3), "keep": (1.0, 1.0, 0.2)}
+    alone = oracle(checkpoint, "reroute", **schedule).run(request(PROMPT, 1), 1)
+    summed = oracle(checkpoint, "reroute", **schedule, accumulates=True).run(request(PROMPT, 1), 1)
+    for number, scores in enumerate(summed.scores):
+        close(scores, torch.stack(alone.scores[: number + 1]).sum(dim=0))
+    assert summed.selected[2] != alone.selected[2]
+
+
 def test_actions_agree_on_a_single_decision(checkpoint):
     schedule = {"layers": (2,), "keep": (0.3,)}
     removed = oracle(checkpoint, "remove", **schedule).run(request(PROMPT, 1), NEW)

@@ -20,6 +20,7 @@ from vllm_reroute.routing.scoring import last_prompt_row
 HIDDEN, DEPTH = 8, 8
 SCHEDULES = [
     {"layers": [2, 5], "keep": [0.5, 0.25], "action": "reroute"},
+    {"layers": [2, 5], "keep": [0.5, 0.25], "scorer": "accumulated"},
     {"layers": [2, 5], "keep": [0.5, 0.25], "action": "remove"},
     {"schedule": "nuwa", "action": "remove"},
     {"schedule": "nuwa", "variant": "A"},

@@ -14,6 +14,14 @@ REFUSED_AT_ONCE = {
         {"schedule": "fastvv"},
         ["--reroute-schedule 'fastvv'", "fastv, pdrop, nuwa, none"],
     ),
+    "accumulated scores of what is gone": (
+        {"schedule": "pdrop", "scorer": "accumulated", "action": "remove"},
+        ["--reroute-scorer accumulated", "Allowed: attention, random", "--reroute-action reroute"],
+    ),
+    "accumulated scores after the encoder's": (
+        {"schedule": "nuwa", "scorer": "accumulated"},
+        ["--reroute-scorer accumulated", "Allowed: attention", "--reroute-budget"],
+    ),
     "schedule of a wrong type": (
         {"schedule": 3},
         ["--reroute-schedule 3", "fastv, pdrop, nuwa, none"],

@@ -81,8 +81,10 @@ def add_reroute_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "--reroute-scorer",
         choices=SCORERS,
         default=argparse.SUPPRESS,
-        help="What ranks visual tokens: the last prompt token's attention, or chance, as a baseline "
-        f"for quality comparisons. Default: {DEFAULT_SCORER}.",
+        help="What ranks visual tokens: the last prompt token's attention, the same accumulated over "
+        "this and all earlier decisions (with reroute: later words of an answer may need what the "
+        "first one no longer looks at), or random choice, a baseline for quality comparisons. "
+        f"Default: {DEFAULT_SCORER}.",
     )
     return parser
 

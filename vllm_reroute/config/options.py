@@ -157,6 +157,13 @@ class RerouteOptions:
                 f"{DEFAULT_SCORER}. For a random baseline of the same average take another "
                 "schedule with --reroute-budget."
             )
+        if self.scorer == "accumulated" and self.action == "remove":
+            raise ValueError(
+                "--reroute-scorer accumulated cannot be combined with --reroute-action remove: what "
+                "an earlier decision ranked low is gone. Allowed: "
+                f"{', '.join(s for s in SCORERS if s != 'accumulated')}. Or take --reroute-action "
+                "reroute."
+            )
         extras = [n for n in ("action", "tier", "budget", "scorer") if getattr(self, n) is not None]
         if extras and not self.active:
             raise ValueError(

@@ -25,11 +25,11 @@ VARIANTS: tuple[Variant, ...] = ("A", "B")
 """What `nuwa` with `reroute` does with tokens the vision encoder rejects: gone (A), or deferred
 like any other (B)."""
 
-Scorer = Literal["attention", "random"]
+Scorer = Literal["attention", "accumulated", "random"]
 
-SCORERS: tuple[Scorer, ...] = ("attention", "random")
-"""How visual tokens are ranked: by the last prompt token's attention, or at random, the baseline
-any ranking has to beat."""
+SCORERS: tuple[Scorer, ...] = ("attention", "accumulated", "random")
+"""How visual tokens are ranked: by the last prompt token's attention, by its sum over this and all
+earlier decisions, or at random, the baseline any ranking has to beat."""
 
 PUBLISHED_DEPTH = 32
 """Decoder depth the published decision layers are written for (LLaVA-1.5-7B)."""

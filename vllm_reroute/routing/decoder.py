@@ -163,10 +163,10 @@ class RoutedDecoder(nn.Module):
             layer = piece.first_layer
             if layer in decisions or layer in scored:
                 candidates.stream = self._brought_back(hidden, residual, chosen, candidates)
-            if layer in scored and not _keeps_all(scored[layer], prompts, plan):
-                scores = self._scorers[layer].score(
-                    candidates.stream, candidates.positions, prompts
-                )
+            accumulates = self.schedule.scorer == "accumulated"
+            if layer in scored and (accumulates or not _keeps_all(scored[layer], prompts, plan)):
+                found = self._scorers[layer].score(candidates.stream, candidates.positions, prompts)
+                scores = scores + found if accumulates and scores is not None else found
             if layer in decisions:
                 decision = decisions[layer]
                 if decision.scored_at is None:
