@@ -64,13 +64,10 @@ METHODS: dict[str, Routing | None] = {
     "pdrop accumulated": Routing(schedule="pdrop", action="reroute", flags=ACCUMULATED),
     "pdrop remove from 3": Routing(schedule="pdrop", action="remove", first_layer=3),
     "pdrop reroute from 3": Routing(schedule="pdrop", action="reroute", first_layer=3),
+    "nuwa remove": Routing(schedule="nuwa", action="remove"),
+    "nuwa reroute A": Routing(schedule="nuwa", action="reroute", variant="A"),
+    "nuwa reroute B": Routing(schedule="nuwa", action="reroute", variant="B"),
 }
-if "nuwa" in SCHEDULES:
-    METHODS |= {
-        "nuwa remove": Routing(schedule="nuwa", action="remove"),
-        "nuwa reroute A": Routing(schedule="nuwa", action="reroute", variant="A"),
-        "nuwa reroute B": Routing(schedule="nuwa", action="reroute", variant="B"),
-    }
 
 # What is set against what, at the same budget: the difference first - second is reported.
 COMPARISONS: tuple[tuple[str, str], ...] = (

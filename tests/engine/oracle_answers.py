@@ -47,8 +47,8 @@ class OracleAnswers:
         self, model: str, schedule: RoutingSchedule, ask: Ask | FamilyAsk, prompt: list[int]
     ) -> OracleResult:
         """prompt: the token ids the engine saw, placeholders expanded."""
-        key = (model, schedule.action, schedule.variant, schedule.layers, schedule.keep)
-        key = (*key, schedule.scorer)
+        decides = (schedule.action, schedule.variant, schedule.scorer)
+        key = (model, *decides, schedule.layers, schedule.keep)
         if key not in self._oracles:
             self._oracles[key] = oracle_of(self._models[model], schedule)
         request = (key, ask.key)

@@ -29,7 +29,7 @@ class OracleResult:
     token_ids: list[int]  # generated, greedy or forced
     logprobs: Tensor  # [generated, vocab], fp32
     selected: list[list[int]]  # kept, as indices into the request's visual tokens, ascending
-    scores: list[Tensor]  # fp32 [candidates], what ranked them; all, or what is left (remove)
+    scores: list[Tensor]  # fp32 [candidates], ascending: all, or what is left (remove)
     kv_lens: list[int]  # K/V entries per decoder layer at the end; the last token is never fed
 
 

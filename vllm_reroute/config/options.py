@@ -154,8 +154,8 @@ class RerouteOptions:
             raise ValueError(
                 f"--reroute-scorer {self.scorer} cannot be combined with --reroute-schedule "
                 f"{self.schedule}, whose first choice is the vision encoder's. Allowed: "
-                f"{DEFAULT_SCORER}. For a random baseline of the same average take another "
-                "schedule with --reroute-budget."
+                f"{DEFAULT_SCORER}. Leave it out, or take another schedule, at the same average with "
+                "--reroute-budget."
             )
         if self.scorer == "accumulated" and self.action == "remove":
             raise ValueError(

@@ -159,11 +159,11 @@ class RoutedDecoder(nn.Module):
         decisions = {decision.layer: decision for decision in self.schedule.decisions}
         scored = {decision.scored_at: decision for decision in self.schedule.decisions}
         hidden, residual, scores = candidates.stream, None, None
+        accumulates = self.schedule.scorer == "accumulated"
         for piece, run in zip(self.schedule.pieces, self._pieces, strict=True):
             layer = piece.first_layer
             if layer in decisions or layer in scored:
                 candidates.stream = self._brought_back(hidden, residual, chosen, candidates)
-            accumulates = self.schedule.scorer == "accumulated"
             if layer in scored and (accumulates or not _keeps_all(scored[layer], prompts, plan)):
                 found = self._scorers[layer].score(candidates.stream, candidates.positions, prompts)
                 scores = scores + found if accumulates and scores is not None else found
