@@ -224,7 +224,7 @@ def seconds_to_first_token(client: openai.OpenAI, request: Request) -> float:
 
 def stage_table(model: Path, schedule: str, tier: int) -> list[str]:
     """Lines that say how many visual tokens of one image run in which decoder layers."""
-    from vllm_reroute.config import RerouteOptions
+    from vllm_reroute.schedule import RerouteOptions
 
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     visual = (config["vision_config"]["image_size"] // config["vision_config"]["patch_size"]) ** 2

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vllm_reroute.hooks.engine_args import ENGINE_ARGS
-from vllm_reroute.models.families import FAMILIES, nuwa_name, routed_name
+from vllm_reroute.families.table import FAMILIES, nuwa_name, routed_name
+from vllm_reroute.startup.engine_args import ENGINE_ARGS
 
 
 def register() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_reroute.config.routing_schedule import RoutingSchedule
-from vllm_reroute.kv_cache.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
-from vllm_reroute.models.deepstack import first_decision_layer
-from vllm_reroute.models.visual_tokens import fixed_visual_tokens, visual_tokens_per_image
+from vllm_reroute.families.deepstack import first_decision_layer
+from vllm_reroute.families.visual_tokens import fixed_visual_tokens, visual_tokens_per_image
+from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
+from vllm_reroute.schedule.routing_schedule import RoutingSchedule
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -12,7 +12,7 @@ from benchmarks.bench.driving import build_engine
 from benchmarks.bench.progress import Progress
 from benchmarks.bench.settings import BenchModel, Settings
 from benchmarks.bench.worker import Worker
-from vllm_reroute.config import RerouteOptions, RoutingSchedule
+from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
 
 STOCK, SHALLOW = "stock", "stock, shallow"
 

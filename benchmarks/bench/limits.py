@@ -14,7 +14,7 @@ the work at these lengths): the limit is a little low there.
 
 from dataclasses import dataclass
 
-from vllm_reroute.config import RoutingSchedule
+from vllm_reroute.schedule import RoutingSchedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from vllm_reroute.config import RoutingSchedule
+from vllm_reroute.schedule import RoutingSchedule
 
 
 class PlainModel:

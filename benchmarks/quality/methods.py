@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from benchmarks.quality.model_shape import ModelShape
-from vllm_reroute.config import RerouteOptions, RoutingSchedule
-from vllm_reroute.config.budget import (
+from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
+from vllm_reroute.schedule.budget import (
     REFERENCE_VISUAL_TOKENS,
     average_visual_tokens,
     solve_keep_ratios,
 )
-from vllm_reroute.config.schedules import (
+from vllm_reroute.schedule.published import (
     SCHEDULES,
     Action,
     PublishedSchedule,

@@ -10,7 +10,7 @@ import torch
 from tests.engine.family_requests import FamilyAsk, processor
 from tests.engine.requests import Answer, Ask
 from tests.oracle import NuwaOracle, OracleResult, RoutedOracle
-from vllm_reroute.config import RoutingSchedule
+from vllm_reroute.schedule import RoutingSchedule
 
 LOGPROB_TOLERANCE = 1e-4
 

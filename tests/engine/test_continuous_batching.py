@@ -18,8 +18,8 @@ from tests.engine.requests import (
     TWO_IMAGES,
     Ask,
 )
-from vllm_reroute.config import RerouteOptions, RoutingSchedule
-from vllm_reroute.kv_cache.footprint import RequestFootprint
+from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
+from vllm_reroute.schedule.footprint import RequestFootprint
 
 OPTIONS: dict[str, Any] = {"layers": [1, 3, 6], "keep": [0.5, 0.1, 0.8]}
 SCHEDULE: RoutingSchedule = RerouteOptions.from_mapping(OPTIONS).resolve(8)

@@ -14,7 +14,7 @@ from tests.engine.family_requests import FamilyAsk, processor
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
 from tests.engine.probes import generate, kv_lens, stepwise
-from vllm_reroute.config import RerouteOptions
+from vllm_reroute.schedule import RerouteOptions
 
 DEPTH = 8
 WITH_VIDEO = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision")

@@ -17,7 +17,7 @@ from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
 from tests.engine.probes import generate
 from tests.engine.requests import ONE_IMAGE, TEXT_ONLY, TWO_IMAGES, Ask
-from vllm_reroute.config import RerouteOptions
+from vllm_reroute.schedule import RerouteOptions
 
 OPTIONS: dict[str, Any] = {"layers": [2, 4, 6], "keep": [0.5, 0.25, 0.4]}
 SCHEDULE = RerouteOptions.from_mapping(OPTIONS).resolve(8)

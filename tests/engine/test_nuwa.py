@@ -25,8 +25,8 @@ from tests.engine.requests import (
     Answer,
 )
 from tests.engine.test_continuous_batching import live_blocks
-from vllm_reroute.config import RerouteOptions, RoutingSchedule
-from vllm_reroute.kv_cache.footprint import RequestFootprint
+from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
+from vllm_reroute.schedule.footprint import RequestFootprint
 
 DEPTH = 8
 KINDS: list[dict[str, Any]] = [

@@ -14,7 +14,7 @@ from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import LOGPROB_TOLERANCE, OracleAnswers
 from tests.engine.probes import generate, generate_one_by_one, runner_name
 from tests.engine.requests import MIXED, SCENES, Ask, SceneAsk, scene_questions
-from vllm_reroute.config import RerouteOptions
+from vllm_reroute.schedule import RerouteOptions
 
 # Of the seeded models, and of the trained one, for whose depth the schedules were published.
 DEPTH, TRAINED_DEPTH = 8, 32

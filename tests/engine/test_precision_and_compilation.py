@@ -18,7 +18,7 @@ from tests.engine.oracle_answers import OracleAnswers
 from tests.engine.probes import generate
 from tests.engine.requests import MIXED
 from tests.oracle import RoutedOracle
-from vllm_reroute.config import RerouteOptions
+from vllm_reroute.schedule import RerouteOptions
 
 OPTIONS: dict[str, Any] = {"layers": [2, 4, 6], "keep": [0.5, 0.25, 0.4]}
 # Rounding flips near-ties. Among the least attended tokens, where these ratios cut, a flip hardly

@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 
 from benchmarks.photos import PHOTOS
 from tests.oracle import RoutedOracle
-from vllm_reroute.config import RerouteOptions
+from vllm_reroute.schedule import RerouteOptions
 
 MODEL_NAME = "tiny"
 MAX_TOKENS = 8

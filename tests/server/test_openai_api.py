@@ -13,7 +13,7 @@ import pytest
 from benchmarks.local_model import TINY, build_local_model
 from benchmarks.local_server import LocalServer
 from tests.server.chat import MAX_TOKENS, MODEL_NAME, ask, check_concurrent_answers, messages
-from vllm_reroute.config import RerouteOptions
+from vllm_reroute.schedule import RerouteOptions
 
 STEP_TOKENS = 600
 VISUAL = 64

@@ -14,9 +14,9 @@ from vllm.v1.request import Request
 
 from benchmarks.local_model import TINY, make_config
 from benchmarks.local_tokenizer import image_token_id, make_processor
-from vllm_reroute.config import RoutingSchedule
 from vllm_reroute.kv_cache.registration import register_routed_spec
 from vllm_reroute.kv_cache.spec import RoutedAttentionSpec
+from vllm_reroute.schedule import RoutingSchedule
 
 VISUAL = TINY.visual_tokens
 """Visual tokens of one image of the model in `model_folder`."""

@@ -6,7 +6,7 @@ from benchmarks.bench import targets
 from benchmarks.bench.limits import StockParts, product_ratio
 from benchmarks.bench.parts import machinery
 from benchmarks.bench.spread import Spread, paired, shown
-from vllm_reroute.config import RerouteOptions
+from vllm_reroute.schedule import RerouteOptions
 
 
 def test_median_and_range():

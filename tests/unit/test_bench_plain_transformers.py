@@ -7,7 +7,7 @@ from benchmarks.bench.driving import Workload
 from benchmarks.bench.routed_generate import PlainModel
 from benchmarks.local_model import SHAPES, build_local_model
 from tests.oracle import RoutedOracle
-from vllm_reroute.config import RerouteOptions
+from vllm_reroute.schedule import RerouteOptions
 
 WORK = Workload(images=1, answer_tokens=6, text=2)
 OPTIONS = [

@@ -16,7 +16,7 @@ from benchmarks.bench.store import Store
 from benchmarks.bench.worker import Worker
 from benchmarks.local_model import make_config
 from benchmarks.quality.model_shape import ModelShape
-from vllm_reroute.config import RerouteOptions
+from vllm_reroute.schedule import RerouteOptions
 
 RUN = {"date": "2030-01-01 00:00 UTC", "commit": "abc"}
 WIDE = BenchModel(

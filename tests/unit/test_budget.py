@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from vllm_reroute.config import RerouteOptions
-from vllm_reroute.config.budget import num_kept
-from vllm_reroute.config.schedules import SCHEDULES
+from vllm_reroute.schedule import RerouteOptions
+from vllm_reroute.schedule.budget import num_kept
+from vllm_reroute.schedule.published import SCHEDULES
 
 VISUAL = 576
 FLAT = [("fastv", "remove"), ("fastv", "reroute")]

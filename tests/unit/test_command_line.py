@@ -6,11 +6,11 @@ import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from vllm_reroute.command_line import main
-from vllm_reroute.config import RerouteOptions
-from vllm_reroute.config.schedules import ACTIONS, SCHEDULES, TIERS
-from vllm_reroute.kv_cache.footprint import RequestFootprint
-from vllm_reroute.models.families import FAMILIES
-from vllm_reroute.short_names import SHORT_NAMES
+from vllm_reroute.families.short_names import SHORT_NAMES
+from vllm_reroute.families.table import FAMILIES
+from vllm_reroute.schedule import RerouteOptions
+from vllm_reroute.schedule.footprint import RequestFootprint
+from vllm_reroute.schedule.published import ACTIONS, SCHEDULES, TIERS
 
 DEPTH = 16
 VISUAL = 64  # 112 x 112 pixels in patches of 14

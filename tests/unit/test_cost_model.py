@@ -13,9 +13,9 @@ from transformers import (
 )
 
 from vllm_reroute.command_line import main
-from vllm_reroute.config import RerouteOptions
-from vllm_reroute.cost_model import DecoderShape, RequestCost, vision_shape
-from vllm_reroute.kv_cache.footprint import RequestFootprint
+from vllm_reroute.schedule import RerouteOptions
+from vllm_reroute.schedule.cost_model import DecoderShape, RequestCost, vision_shape
+from vllm_reroute.schedule.footprint import RequestFootprint
 
 # Two layers of everything by hand: 4 wide, 2 heads of 3, 1 of them for K/V, 5 inside, 7 words.
 TOY = DecoderShape(

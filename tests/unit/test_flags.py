@@ -11,9 +11,9 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_reroute.command_line.flags import options_from_flags
-from vllm_reroute.config import CONFIG_KEY, RerouteOptions, RoutingSchedule, is_routed
 from vllm_reroute.plugin import register
+from vllm_reroute.schedule import CONFIG_KEY, RerouteOptions, RoutingSchedule, is_routed
+from vllm_reroute.startup.flags import options_from_flags
 
 FLAGS = ["schedule", "action", "variant", "tier", "budget", "layers", "keep", "scorer"]
 SHORT, FULL = "llava-1.5", "llava-hf/llava-1.5-7b-hf"

@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from vllm_reroute.attention.metadata import GroupBuffers, per_layer_metadata
-from vllm_reroute.planning.step_plan import StageLengths
+from vllm_reroute.plan.step_plan import StageLengths
 
 BLOCK = 4
 LAYERS = 3

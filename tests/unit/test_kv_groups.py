@@ -15,9 +15,9 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 
-from vllm_reroute.config import RerouteOptions
-from vllm_reroute.config.schedules import ACTIONS, SCHEDULES, TIERS
-from vllm_reroute.kv_cache.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
+from vllm_reroute.schedule import RerouteOptions
+from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
+from vllm_reroute.schedule.published import ACTIONS, SCHEDULES, TIERS
 
 from .parts import layer_specs
 

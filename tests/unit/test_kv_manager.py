@@ -8,12 +8,12 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, UnitaryKVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
-from vllm_reroute.config import RerouteOptions
-from vllm_reroute.config.schedules import ACTIONS, SCHEDULES, TIERS
-from vllm_reroute.kv_cache.footprint import RequestFootprint
 from vllm_reroute.kv_cache.manager import RoutedAttentionManager
-from vllm_reroute.planning.routed_length import routed_length
-from vllm_reroute.planning.visual_spans import visual_spans
+from vllm_reroute.plan.routed_length import routed_length
+from vllm_reroute.plan.visual_spans import visual_spans
+from vllm_reroute.schedule import RerouteOptions
+from vllm_reroute.schedule.footprint import RequestFootprint
+from vllm_reroute.schedule.published import ACTIONS, SCHEDULES, TIERS
 
 from .parts import feature, kv_cache_config, make_request
 

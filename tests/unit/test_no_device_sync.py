@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from vllm_reroute.config import RerouteOptions, RoutingSchedule
-from vllm_reroute.planning.step_plan import RequestRouting, plan_step
-from vllm_reroute.planning.visual_spans import VisualSpans
+from vllm_reroute.plan.step_plan import RequestRouting, plan_step
+from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.routing.decoder import RoutedDecoder
 from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
 from vllm_reroute.routing.prompt_rows import PromptRows
-from vllm_reroute.routing.scoring import last_prompt_row
+from vllm_reroute.routing.scorers.attention import last_prompt_row
+from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
 
 HIDDEN, DEPTH = 8, 8
 SCHEDULES = [

@@ -13,19 +13,19 @@ from vllm import ModelRegistry
 from vllm.config import CompilationConfig
 
 from benchmarks.local_model import TINY, make_config
-from vllm_reroute.config import CONFIG_KEY, RerouteOptions, RoutingSchedule
+from vllm_reroute.families.table import FAMILIES, family_of, nuwa_name
 from vllm_reroute.kv_cache.spec import RoutedAttentionSpec
-from vllm_reroute.models.architectures import RoutedArchitecture
-from vllm_reroute.models.families import FAMILIES, family_of, nuwa_name
 from vllm_reroute.models.nuwa import Nuwa, with_anchor_column
 from vllm_reroute.nuwa.requirements import check_model
-from vllm_reroute.planning.routed_length import routed_length
-from vllm_reroute.planning.step_plan import RequestRouting, plan_step
-from vllm_reroute.planning.visual_spans import VisualSpans, visual_spans
+from vllm_reroute.plan.routed_length import routed_length
+from vllm_reroute.plan.step_plan import RequestRouting, plan_step
+from vllm_reroute.plan.visual_spans import VisualSpans, visual_spans
 from vllm_reroute.plugin import register
 from vllm_reroute.routing.prompt_rows import PromptRows, prompt_scores, visual_mask
-from vllm_reroute.routing.scoring import last_prompt_row, last_prompt_rows
+from vllm_reroute.routing.scorers.attention import last_prompt_row, last_prompt_rows
 from vllm_reroute.routing.selection import select_rows
+from vllm_reroute.schedule import CONFIG_KEY, RerouteOptions, RoutingSchedule
+from vllm_reroute.startup.architecture import RoutedArchitecture
 
 from .parts import feature, make_request
 

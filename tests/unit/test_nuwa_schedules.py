@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from vllm_reroute.config import RerouteOptions, RoutingSchedule
-from vllm_reroute.config.budget import num_kept, num_kept_of_images
-from vllm_reroute.config.routing_schedule import Decision
-from vllm_reroute.config.schedules import TIERS
-from vllm_reroute.kv_cache.footprint import RequestFootprint
 from vllm_reroute.kv_cache.spec import RoutedAttentionSpec
-from vllm_reroute.planning.routed_length import routed_length
-from vllm_reroute.planning.step_plan import RequestRouting, plan_step
-from vllm_reroute.planning.visual_spans import VisualSpans
+from vllm_reroute.plan.routed_length import routed_length
+from vllm_reroute.plan.step_plan import RequestRouting, plan_step
+from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.report import schedule_lines
+from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
+from vllm_reroute.schedule.budget import num_kept, num_kept_of_images
+from vllm_reroute.schedule.footprint import RequestFootprint
+from vllm_reroute.schedule.published import TIERS
+from vllm_reroute.schedule.routing_schedule import Decision
 
 from .parts import feature, layer_specs
 

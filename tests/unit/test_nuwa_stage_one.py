@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vllm_reroute.config.budget import num_kept
 from vllm_reroute.nuwa.aggregation import LLAVA, QWEN2_5_VL, Aggregation, collect, is_pillar
 from vllm_reroute.nuwa.anchors import select_anchors
 from vllm_reroute.nuwa.depth import scaled_layer
 from vllm_reroute.nuwa.grid import Grid, proximity
 from vllm_reroute.nuwa.salience import attention_received, class_token_row
+from vllm_reroute.schedule.budget import num_kept
 
 GRIDS = [(24, 24), (8, 8), (1, 1), (1, 7), (5, 2), (7, 9), (6, 11)]
 RATIOS = [336.5 / 576, 224.5 / 576, 112.5 / 576, 1.0, 0.01]

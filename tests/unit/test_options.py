@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vllm_reroute.config import RerouteOptions, RoutingSchedule
+from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
 
 DEPTH = 8
 

@@ -15,9 +15,9 @@ from types import ModuleType
 import pytest
 import vllm
 
-import vllm_reroute.hooks
-from vllm_reroute.hooks.hook import Hook
-from vllm_reroute.hooks.seams import TESTED_VERSION
+import vllm_reroute
+from vllm_reroute.vllm_seams.hook import Hook
+from vllm_reroute.vllm_seams.seams import TESTED_VERSION
 
 PATCHES = Path(__file__).parents[2] / "patches"
 LEDGER = tomllib.loads((PATCHES / "ledger.toml").read_text(encoding="utf-8"))
@@ -28,9 +28,7 @@ SITE = Path(vllm.__file__).parents[1]
 def find_hooks() -> dict[str, Hook]:
     """Every `Hook` that a module of the package holds, alone or in a tuple."""
     found = []
-    for info in pkgutil.iter_modules(
-        vllm_reroute.hooks.__path__, f"{vllm_reroute.hooks.__name__}."
-    ):
+    for info in pkgutil.walk_packages(vllm_reroute.__path__, f"{vllm_reroute.__name__}."):
         for value in vars(importlib.import_module(info.name)).values():
             found += [
                 hook

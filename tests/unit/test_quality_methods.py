@@ -14,8 +14,8 @@ from benchmarks.quality.methods import (
 )
 from benchmarks.quality.model_shape import ModelShape
 from benchmarks.quality.serving import check_average
-from vllm_reroute.config import RerouteOptions
-from vllm_reroute.config.schedules import scale_decision_layers
+from vllm_reroute.schedule import RerouteOptions
+from vllm_reroute.schedule.published import scale_decision_layers
 
 SMALL = ModelShape(visual_tokens=144, decoder_layers=12, image_token=4, kv_bytes=1024)
 LARGE = ModelShape(visual_tokens=576, decoder_layers=32, image_token=4, kv_bytes=1024)

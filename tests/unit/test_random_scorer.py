@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_reroute.config import RerouteOptions
-from vllm_reroute.planning.step_plan import RequestRouting, plan_step
-from vllm_reroute.planning.visual_spans import VisualSpans
+from vllm_reroute.plan.step_plan import RequestRouting, plan_step
+from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.routing.prompt_rows import PromptRows
-from vllm_reroute.routing.random_scorer import RandomScorer
+from vllm_reroute.routing.scorers.random import RandomScorer
+from vllm_reroute.schedule import RerouteOptions
 
 RATIO = 0.25
 SPANS = VisualSpans((3,), (103,))

@@ -10,14 +10,14 @@ from vllm.config.ec_transfer import ECTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_reroute.compatibility import (
+from vllm_reroute.schedule import CONFIG_KEY
+from vllm_reroute.startup.refusals import (
     ALLOWED_CUDAGRAPH_MODES,
     REFUSALS,
     check_arguments,
     check_config,
 )
-from vllm_reroute.config import CONFIG_KEY
-from vllm_reroute.hooks.seams import SEAMS, check_vllm
+from vllm_reroute.vllm_seams.seams import SEAMS, check_vllm
 
 ROUTED = {CONFIG_KEY: {"schedule": "pdrop"}}
 

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from vllm_reroute.config import CONFIG_KEY, RerouteOptions, RoutingSchedule
-from vllm_reroute.kv_cache.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
 from vllm_reroute.report import engine_report
+from vllm_reroute.schedule import CONFIG_KEY, RerouteOptions, RoutingSchedule
+from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
 
 from .parts import VISUAL, kv_cache_config
 

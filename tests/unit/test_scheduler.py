@@ -12,10 +12,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_reroute.config import CONFIG_KEY, RoutingSchedule
 from vllm_reroute.kv_cache.scheduler import RoutedAsyncScheduler, RoutedScheduler
-from vllm_reroute.planning.step_plan import RequestRouting, plan_step
-from vllm_reroute.planning.visual_spans import visual_spans
+from vllm_reroute.plan.step_plan import RequestRouting, plan_step
+from vllm_reroute.plan.visual_spans import visual_spans
+from vllm_reroute.schedule import CONFIG_KEY, RoutingSchedule
 
 from .parts import VISUAL, feature, kv_cache_config, make_request
 

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from vllm_reroute.config import RerouteOptions, RoutingSchedule
-from vllm_reroute.config.schedules import ACTIONS, SCHEDULES, TIERS, scale_decision_layers
+from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
+from vllm_reroute.schedule.published import ACTIONS, SCHEDULES, TIERS, scale_decision_layers
 
 # name, action -> decision layers of 32, of 28, and keep ratios by tier.
 PUBLISHED = {

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_reroute.planning.step_plan import RequestRouting, plan_step
-from vllm_reroute.planning.visual_spans import VisualSpans
+from vllm_reroute.plan.step_plan import RequestRouting, plan_step
+from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.routing.prompt_rows import PromptRows, visual_mask
-from vllm_reroute.routing.scoring import last_prompt_row
+from vllm_reroute.routing.scorers.attention import last_prompt_row
 from vllm_reroute.routing.selection import select_rows
 
 CPU = torch.device("cpu")

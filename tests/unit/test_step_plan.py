@@ -5,11 +5,11 @@ import random
 import numpy as np
 import pytest
 
-from vllm_reroute.config import RerouteOptions
-from vllm_reroute.config.budget import num_kept
-from vllm_reroute.planning.routed_length import routed_length
-from vllm_reroute.planning.step_plan import ImagePrefill, RequestRouting, plan_step
-from vllm_reroute.planning.visual_spans import VisualSpans
+from vllm_reroute.plan.routed_length import routed_length
+from vllm_reroute.plan.step_plan import ImagePrefill, RequestRouting, plan_step
+from vllm_reroute.plan.visual_spans import VisualSpans
+from vllm_reroute.schedule import RerouteOptions
+from vllm_reroute.schedule.budget import num_kept
 
 RATIOS = (1.0, 0.5, 0.1)  # an image of 20 tokens keeps 20, 10 and 2
 PROMPT = 30

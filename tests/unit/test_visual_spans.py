@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 
-from vllm_reroute.planning.visual_spans import VisualSpans, visual_spans
+from vllm_reroute.plan.visual_spans import VisualSpans, visual_spans
 
 from .parts import feature, make_request
 

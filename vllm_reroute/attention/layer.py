@@ -9,14 +9,13 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 
 from vllm_reroute.attention.backend import routed_backend
-from vllm_reroute.compatibility import PLAIN_CACHE_DTYPES
-from vllm_reroute.kv_cache.spec import RoutedAttentionSpec
+from vllm_reroute.kv_cache.spec import PLAIN_CACHE_DTYPES, RoutedAttentionSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_reroute.config import RoutingSchedule
-    from vllm_reroute.planning.step_plan import StepPlan
+    from vllm_reroute.plan.step_plan import StepPlan
+    from vllm_reroute.schedule import RoutingSchedule
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
-from vllm_reroute.planning.step_plan import StageLengths, StepPlan
+from vllm_reroute.plan.step_plan import StageLengths, StepPlan
 from vllm_reroute.to_device import to_device
 
 

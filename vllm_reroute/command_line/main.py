@@ -6,13 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vllm_reroute.command_line.flags import add_reroute_flags, options_from_flags
 from vllm_reroute.command_line.predictions import Hardware, prediction_lines
-from vllm_reroute.config.options import RerouteOptions
-from vllm_reroute.config.schedules import SCHEDULES, TIERS
-from vllm_reroute.kv_cache.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
-from vllm_reroute.models.families import FAMILIES
-from vllm_reroute.short_names import resolve_model
+from vllm_reroute.families.short_names import resolve_model
+from vllm_reroute.families.table import FAMILIES
+from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
+from vllm_reroute.schedule.options import RerouteOptions
+from vllm_reroute.schedule.published import SCHEDULES, TIERS
+from vllm_reroute.startup.flags import add_reroute_flags, options_from_flags
 
 EXAMPLE = "vllm-reroute plan --model llava-1.5 --reroute-schedule pdrop --reroute-tier 64"
 
@@ -90,11 +90,11 @@ def _amount(text: str) -> float:
 def _plan(args: argparse.Namespace) -> list[str]:
     from transformers import AutoConfig
 
-    from vllm_reroute.cost_model import DecoderShape, RequestCost, vision_shape
-    from vllm_reroute.models.architectures import RoutedArchitecture
-    from vllm_reroute.models.deepstack import first_decision_layer
-    from vllm_reroute.models.visual_tokens import visual_tokens_per_image
+    from vllm_reroute.families.deepstack import first_decision_layer
+    from vllm_reroute.families.visual_tokens import visual_tokens_per_image
     from vllm_reroute.report import footprint_lines, model_lines, schedule_lines
+    from vllm_reroute.schedule.cost_model import DecoderShape, RequestCost, vision_shape
+    from vllm_reroute.startup.architecture import RoutedArchitecture
 
     options = RerouteOptions.from_mapping(options_from_flags(args))
     if not options.active:

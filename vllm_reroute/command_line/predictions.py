@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_reroute.cost_model import RequestCost
-from vllm_reroute.kv_cache.footprint import RequestFootprint
+from vllm_reroute.schedule.cost_model import RequestCost
+from vllm_reroute.schedule.footprint import RequestFootprint
 
 BATCHES = (1, 16, 64)
 BYTES_PER_VALUE = 2

@@ -12,8 +12,8 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
 from vllm_reroute.kv_cache.spec import RoutedAttentionSpec
-from vllm_reroute.planning.routed_length import routed_length
-from vllm_reroute.planning.visual_spans import visual_spans
+from vllm_reroute.plan.routed_length import routed_length
+from vllm_reroute.plan.visual_spans import visual_spans
 
 LayerBlocks = tuple[KVCacheBlock, ...]
 """The blocks that hold the same `block_size` tokens, one per layer of the group."""

@@ -12,7 +12,7 @@ from vllm.v1.request import Request
 
 from vllm_reroute.kv_cache.manager import RoutedAttentionManager
 from vllm_reroute.logger import reroute_logger
-from vllm_reroute.planning.visual_spans import visual_spans
+from vllm_reroute.plan.visual_spans import visual_spans
 from vllm_reroute.report import engine_report
 
 logger = reroute_logger(__name__)

@@ -10,6 +10,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+PLAIN_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+"""Types of K/V that routing has been tested with."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedAttentionSpec(FullAttentionSpec):

@@ -18,7 +18,7 @@ from vllm_reroute.nuwa.aggregation import LLAVA
 from vllm_reroute.nuwa.depth import scaled_layer
 from vllm_reroute.nuwa.grid import Grid
 from vllm_reroute.nuwa.salience import class_token_row
-from vllm_reroute.routing.scoring import alike_on_all_ranks
+from vllm_reroute.routing.scorers.attention import alike_on_all_ranks
 
 _FIRST_FEATURE_LAYER, _PUBLISHED_DEPTH = 16, 24
 """Patches are alike by the mean of hidden states 16 to 24 of CLIP ViT-L's 24 layers."""

@@ -6,11 +6,11 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 
-from vllm_reroute.config import RoutingSchedule
-from vllm_reroute.config.budget import num_kept
 from vllm_reroute.nuwa.aggregation import Aggregation, collect
 from vllm_reroute.nuwa.anchors import select_anchors
 from vllm_reroute.nuwa.grid import Grid
+from vllm_reroute.schedule import RoutingSchedule
+from vllm_reroute.schedule.budget import num_kept
 
 
 class Nuwa:

@@ -10,14 +10,14 @@ from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLImageInputs,
 )
 
-from vllm_reroute.config import RoutingSchedule
 from vllm_reroute.models.nuwa import Nuwa, with_anchor_column
 from vllm_reroute.models.qwen2_5_vl import RerouteQwen2_5_VLForConditionalGeneration
 from vllm_reroute.nuwa.aggregation import QWEN2_5_VL
 from vllm_reroute.nuwa.depth import scaled_layer
 from vllm_reroute.nuwa.grid import Grid
 from vllm_reroute.nuwa.salience import attention_received
-from vllm_reroute.routing.scoring import LAST_TOKEN, ScoringRule, alike_on_all_ranks
+from vllm_reroute.routing.scorers.attention import LAST_TOKEN, ScoringRule, alike_on_all_ranks
+from vllm_reroute.schedule import RoutingSchedule
 
 _FIRST_FEATURE_BLOCK, _LAST_FEATURE_BLOCK, _PUBLISHED_DEPTH = 7, 23, 32
 """Tokens are alike by the mean output of vision blocks 7 to 23 of 32, through the merger."""

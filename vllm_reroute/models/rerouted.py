@@ -8,10 +8,10 @@ import torch
 from vllm.config import VllmConfig
 from vllm.sequence import IntermediateTensors
 
-from vllm_reroute.config import RoutingSchedule
 from vllm_reroute.routing.decoder import RoutedDecoder
-from vllm_reroute.routing.scoring import LAST_TOKEN, ScoringRule
+from vllm_reroute.routing.scorers.attention import LAST_TOKEN, ScoringRule
 from vllm_reroute.runners import connect_runner
+from vllm_reroute.schedule import RoutingSchedule
 
 
 class Rerouted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_reroute.models.families import FAMILIES, family_of
+from vllm_reroute.families.table import FAMILIES, family_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

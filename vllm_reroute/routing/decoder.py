@@ -13,15 +13,15 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_reroute.attention.layer import RoutedAttention, RoutingStep, route_attention
 from vllm_reroute.attention.metadata import RoutedAttentionMetadata
-from vllm_reroute.config import RoutingSchedule
-from vllm_reroute.config.routing_schedule import Decision
-from vllm_reroute.planning.step_plan import StepPlan
+from vllm_reroute.plan.step_plan import StepPlan
 from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
 from vllm_reroute.routing.prompt_rows import PromptRows, prompt_scores, visual_mask
-from vllm_reroute.routing.random_scorer import RandomScorer
-from vllm_reroute.routing.scoring import LAST_TOKEN, LastTokenScorer, ScoringRule
+from vllm_reroute.routing.scorers.attention import LAST_TOKEN, LastTokenScorer, ScoringRule
+from vllm_reroute.routing.scorers.random import RandomScorer
 from vllm_reroute.routing.selection import select_rows
 from vllm_reroute.routing.stage import build_stage
+from vllm_reroute.schedule import RoutingSchedule
+from vllm_reroute.schedule.routing_schedule import Decision
 
 
 @dataclass

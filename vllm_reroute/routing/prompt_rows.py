@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_reroute.planning.step_plan import RequestRouting, StepPlan
+from vllm_reroute.plan.step_plan import RequestRouting, StepPlan
 from vllm_reroute.to_device import to_device
 
 

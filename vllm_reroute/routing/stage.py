@@ -11,7 +11,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.sequence import IntermediateTensors
 
-from vllm_reroute.config import Stage
+from vllm_reroute.schedule import Stage
 
 
 def build_stage(layers: Sequence[nn.Module], stage: Stage, vllm_config: VllmConfig) -> nn.Module:

@@ -14,6 +14,6 @@ def connect_runner(vllm_config: VllmConfig) -> None:
     The V2 runner asks the model for its `RoutedModelState`; the V1 runner needs a hook.
     """
     if not vllm_config.use_v2_model_runner:
-        from vllm_reroute.hooks.model_runner_v1 import MODEL_RUNNER_V1
+        from vllm_reroute.runners.v1_hook import MODEL_RUNNER_V1
 
         MODEL_RUNNER_V1.install()

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_reroute.planning.step_plan import RequestRouting, StepPlan, plan_step
-from vllm_reroute.planning.visual_spans import VisualSpans
+from vllm_reroute.plan.step_plan import RequestRouting, StepPlan, plan_step
+from vllm_reroute.plan.visual_spans import VisualSpans
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from vllm_reroute.config import RoutingSchedule
+    from vllm_reroute.schedule import RoutingSchedule
 
 _STATE_ATTRIBUTE = "reroute_routing"
 

@@ -12,7 +12,7 @@ from benchmarks.bench.progress import Progress
 from benchmarks.bench.settings import Settings
 from benchmarks.bench.spread import Spread, paired, shown
 from benchmarks.bench.worker import Worker
-from vllm_reroute.config import RerouteOptions
+from vllm_reroute.schedule import RerouteOptions
 
 TITLE = "Against plain transformers"
 TEXT_ROOM = 256

@@ -11,8 +11,8 @@ from benchmarks.bench.progress import Progress
 from benchmarks.bench.settings import BenchModel, Settings
 from benchmarks.bench.spread import Spread, paired, shown
 from benchmarks.bench.worker import Worker
-from vllm_reroute.config import RerouteOptions
-from vllm_reroute.cost_model import DecoderShape, RequestCost, vision_shape
+from vllm_reroute.schedule import RerouteOptions
+from vllm_reroute.schedule.cost_model import DecoderShape, RequestCost, vision_shape
 
 TITLE = "Scaling"
 TEXT_ROOM = 256

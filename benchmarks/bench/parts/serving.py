@@ -14,7 +14,7 @@ from benchmarks.bench.spread import Spread, paired, shown
 from benchmarks.bench.worker import Worker
 from benchmarks.local_server import LocalServer
 from benchmarks.quality.methods import server_flags
-from vllm_reroute.config import RerouteOptions
+from vllm_reroute.schedule import RerouteOptions
 
 TITLE = "Serving"
 PLOT, PLOT_FIRST_TOKEN = "serving.svg", "serving-ttft.svg"

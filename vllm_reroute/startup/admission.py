@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_reroute.config import RoutingSchedule
-from vllm_reroute.planning.visual_spans import VisualSpans
+from vllm_reroute.plan.visual_spans import VisualSpans
+from vllm_reroute.schedule import RoutingSchedule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

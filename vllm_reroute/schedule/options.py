@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from vllm_reroute.config.budget import solve_keep_ratios
-from vllm_reroute.config.routing_schedule import RoutingSchedule
-from vllm_reroute.config.schedules import (
+from vllm_reroute.schedule.budget import solve_keep_ratios
+from vllm_reroute.schedule.published import (
     ACTIONS,
     SCHEDULES,
     SCORERS,
@@ -18,6 +17,7 @@ from vllm_reroute.config.schedules import (
     PublishedSchedule,
     scale_decision_layers,
 )
+from vllm_reroute.schedule.routing_schedule import RoutingSchedule
 
 NO_SCHEDULE = "none"
 DEFAULT_ACTION = "reroute"

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from vllm_reroute.command_line.flags import add_reroute_flags, options_from_flags
-from vllm_reroute.config import CONFIG_KEY, RerouteOptions
-from vllm_reroute.hooks.hook import Hook
-from vllm_reroute.short_names import resolve_model
+from vllm_reroute.families.short_names import resolve_model
+from vllm_reroute.schedule import CONFIG_KEY, RerouteOptions
+from vllm_reroute.startup.flags import add_reroute_flags, options_from_flags
+from vllm_reroute.vllm_seams.hook import Hook
 
 
 def _add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser) -> Any:
@@ -55,7 +55,7 @@ def _create_engine_config(
         }
         return original(self, *args, **kwargs)
 
-    from vllm_reroute.engine_config import configure_routing, request_routing
+    from vllm_reroute.startup.engine_config import configure_routing, request_routing
 
     with request_routing(self, options):
         vllm_config = original(self, *args, **kwargs)

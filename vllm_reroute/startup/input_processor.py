@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_reroute.config import is_routed
-from vllm_reroute.hooks.hook import Hook
+from vllm_reroute.schedule import is_routed
+from vllm_reroute.vllm_seams.hook import Hook
 
 
 def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     request = original(self, *args, **kwargs)
     if is_routed(self.vllm_config):
-        from vllm_reroute.admission import check_request
+        from vllm_reroute.startup.admission import check_request
 
         check_request(request, self.vllm_config)
     return request

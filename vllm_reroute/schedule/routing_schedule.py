@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_reroute.config.budget import (
+from vllm_reroute.schedule.budget import (
     REFERENCE_VISUAL_TOKENS,
     average_visual_tokens,
     num_kept_of_images,
 )
-from vllm_reroute.config.schedules import Action, Scorer, Variant
+from vllm_reroute.schedule.published import Action, Scorer, Variant
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

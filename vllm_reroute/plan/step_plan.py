@@ -9,8 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
-from vllm_reroute.config.budget import num_kept_of_images
-from vllm_reroute.planning.visual_spans import VisualSpans
+from vllm_reroute.plan.visual_spans import VisualSpans
+from vllm_reroute.schedule.budget import num_kept_of_images
 
 
 @dataclass(frozen=True)

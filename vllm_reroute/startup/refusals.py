@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_reroute.models.visual_tokens import fixed_visual_tokens
+from vllm_reroute.families.visual_tokens import fixed_visual_tokens
+from vllm_reroute.kv_cache.spec import PLAIN_CACHE_DTYPES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -17,7 +18,6 @@ TESTED_QUANTIZATION = ("compressed-tensors",)
 
 _WEIGHTS = f"unquantised weights, {', '.join(TESTED_QUANTIZATION)}"
 
-PLAIN_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 ALLOWED_CUDAGRAPH_MODES = ("NONE", "FULL_DECODE_ONLY")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_reroute.hooks.hook import Hook
+from vllm_reroute.vllm_seams.hook import Hook
 
 
 def _build_attention_metadata(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_reroute.config.routing_schedule import RoutingSchedule, Stage
+from vllm_reroute.schedule.routing_schedule import RoutingSchedule, Stage
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

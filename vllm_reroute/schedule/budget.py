@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from vllm_reroute.config.schedules import PUBLISHED_VISUAL_TOKENS, PublishedSchedule
+from vllm_reroute.schedule.published import PUBLISHED_VISUAL_TOKENS, PublishedSchedule
 
 REFERENCE_VISUAL_TOKENS = PUBLISHED_VISUAL_TOKENS
 """Visual tokens of one LLaVA-1.5 image; budgets and averages are stated for it."""

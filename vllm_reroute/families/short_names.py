@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_reroute.models.families import FAMILIES
+from vllm_reroute.families.table import FAMILIES
 
 SHORT_NAMES: dict[str, str] = {
     short: full for family in FAMILIES for short, full in family.short_names.items()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vllm_reroute.config.options import (
+from vllm_reroute.schedule.options import (
     DEFAULT_ACTION,
     DEFAULT_SCORER,
     DEFAULT_TIER,
     DEFAULT_VARIANT,
     NO_SCHEDULE,
 )
-from vllm_reroute.config.schedules import ACTIONS, SCHEDULES, SCORERS, TIERS, VARIANTS
+from vllm_reroute.schedule.published import ACTIONS, SCHEDULES, SCORERS, TIERS, VARIANTS
 
 GROUP_TITLE = "Reroute"
 _PREFIX = "reroute_"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_reroute.config.budget import REFERENCE_VISUAL_TOKENS
-from vllm_reroute.models.families import family_of
+from vllm_reroute.families.table import family_of
+from vllm_reroute.schedule.budget import REFERENCE_VISUAL_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm_reroute.models.families import FAMILIES, family_of, nuwa_name, routed_name
+from vllm_reroute.families.table import FAMILIES, family_of, nuwa_name, routed_name
 from vllm_reroute.nuwa.requirements import check_model
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from vllm_reroute.config.budget import num_kept_of_images
-from vllm_reroute.planning.visual_spans import VisualSpans
+from vllm_reroute.plan.visual_spans import VisualSpans
+from vllm_reroute.schedule.budget import num_kept_of_images
 
 
 def routed_length(

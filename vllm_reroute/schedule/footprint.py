@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_reroute.config.routing_schedule import RoutingSchedule
+from vllm_reroute.schedule.routing_schedule import RoutingSchedule
 
 TYPICAL_TEXT_TOKENS = 104
 """Text tokens of a typical image request: a LLaVA-1.5 chat prompt, a question, a short answer."""

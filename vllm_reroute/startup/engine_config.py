@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
 
-from vllm_reroute.compatibility import check_arguments, check_config
-from vllm_reroute.config import CONFIG_KEY, RerouteOptions
-from vllm_reroute.hooks.input_processor import INPUT_PROCESSOR
-from vllm_reroute.hooks.seams import check_vllm
-from vllm_reroute.models.architectures import RoutedArchitecture
-from vllm_reroute.models.deepstack import first_decision_layer
+from vllm_reroute.families.deepstack import first_decision_layer
 from vllm_reroute.nuwa.requirements import check_encoder_options
+from vllm_reroute.schedule import CONFIG_KEY, RerouteOptions
+from vllm_reroute.startup.architecture import RoutedArchitecture
+from vllm_reroute.startup.input_processor import INPUT_PROCESSOR
+from vllm_reroute.startup.refusals import check_arguments, check_config
+from vllm_reroute.vllm_seams.seams import check_vllm
 
 if TYPE_CHECKING:
     from vllm.config import CompilationConfig, VllmConfig

@@ -1,0 +1,1 @@
+"""From flags or Python options to a routed engine: what is chosen, what is refused, what is reported."""
