@@ -14,9 +14,9 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
-    from vllm_reroute.kv_cache.registration import register_routed_spec
+    from vllm_reroute.kv_cache.registration import register_routed_specs
 
-    register_routed_spec()
+    register_routed_specs()
     for family in FAMILIES:
         ModelRegistry.register_model(routed_name(family.architecture), family.model_class)
         if family.nuwa_class is not None:

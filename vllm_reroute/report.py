@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm_reroute.families.deepstack import first_decision_layer
 from vllm_reroute.families.visual_tokens import fixed_visual_tokens, visual_tokens_per_image
+from vllm_reroute.plan.capacity import candidate_capacity
 from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
 from vllm_reroute.schedule.routing_schedule import RoutingSchedule
 
@@ -81,7 +82,9 @@ def engine_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
     )
     # One block of every pool is vLLM's null block.
     usable = kv_cache_config.num_blocks - 1
-    rows = vllm_config.scheduler_config.max_num_batched_tokens
+    rows = candidate_capacity(
+        vllm_config.scheduler_config.max_num_batched_tokens, model_config.max_model_len
+    )
     row_bytes = model_config.hf_text_config.hidden_size * model_config.dtype.itemsize
     held = rows * row_bytes if schedule.reroutes else 0
     lines = [

@@ -31,37 +31,37 @@ def _answer(output: Any, decisions: dict[int, list[list[int]]]) -> Answer:
         token_ids=list(completion.token_ids),
         logprobs=[{token: entry.logprob for token, entry in step.items()} for step in steps],
         selected=decisions.get(len(output.prompt_token_ids), []),
+        num_cached=output.num_cached_tokens or 0,
     )
 
 
 @contextmanager
 def recorded_decisions() -> Iterator[dict[int, list[list[int]]]]:
     """Prompt length -> kept visual tokens per decision, of the last prefill of that length."""
-    from vllm_reroute.routing.decoder import RoutedDecoder
+    from vllm_reroute.routing.token_state import TokenState
 
     decisions: dict[int, list[list[int]]] = {}
-    run_routed, choose = RoutedDecoder._run_routed, RoutedDecoder._choose
+    begin, choose = TokenState.__init__, TokenState.choose
 
-    def recording_run(self: Any, *inputs: Any) -> Any:
-        for prefill in inputs[-1].prefills:
+    def recording_begin(self: Any, plan: Any, *inputs: Any) -> None:
+        for prefill in plan.prefills:
             decisions[prefill.routing.num_prompt] = []
-        return run_routed(self, *inputs)
+        begin(self, plan, *inputs)
 
-    def recording_choose(self: Any, *inputs: Any) -> Any:
-        running, chosen = choose(self, *inputs)
-        visual_rows = running.rows[running.visual].tolist()
-        for prefill in inputs[-1].prefills:
-            mask = prefill.routing.spans.mask(prefill.num_tokens)
+    def recording_choose(self: Any, *inputs: Any, **options: Any) -> None:
+        choose(self, *inputs, **options)
+        visual_rows = self.running.rows[self.running.visual].tolist()
+        for prefill in self.plan.prefills:
+            mask = prefill.routing.spans.mask(prefill.first + prefill.num_tokens)[prefill.first :]
             places = {prefill.start + p: n for n, p in enumerate(mask.nonzero()[0].tolist())}
             kept = [places[row] for row in visual_rows if row in places]
             decisions[prefill.routing.num_prompt].append(kept)
-        return running, chosen
 
-    RoutedDecoder._run_routed, RoutedDecoder._choose = recording_run, recording_choose
+    TokenState.__init__, TokenState.choose = recording_begin, recording_choose
     try:
         yield decisions
     finally:
-        RoutedDecoder._run_routed, RoutedDecoder._choose = run_routed, choose
+        TokenState.__init__, TokenState.choose = begin, choose
 
 
 def stepwise(llm: Any, asks: Sequence[Ask], every: int) -> dict[str, Any]:
@@ -84,6 +84,7 @@ def stepwise(llm: Any, asks: Sequence[Ask], every: int) -> dict[str, Any]:
             steps += 1
     return {
         "tokens": [list(finished[str(i)].outputs[0].token_ids) for i in range(len(asks))],
+        "cached": [finished[str(i)].num_cached_tokens for i in range(len(asks))],
         "prompts": [list(finished[str(i)].prompt_token_ids) for i in range(len(asks))],
         "decisions": decisions,
         "preempted": len(preempted),
@@ -102,15 +103,8 @@ def kv_lens(llm: Any, asks: Sequence[Ask]) -> list[list[int]]:
 
     def recording_forward(self: Any, *inputs: Any) -> Any:
         metadata = get_forward_context().attn_metadata
-        attentions = [layer.self_attn.attn for piece in self._pieces for layer in piece.layers]
-        lens[:] = [
-            int(
-                metadata[attention.kv_sharing_target_layer_name or attention.layer_name]
-                .layers[attention.layer_in_group]
-                .seq_lens[0]
-            )
-            for attention in attentions
-        ]
+        attentions = [layer.self_attn.attn for run in self._runs for layer in run.layers]
+        lens[:] = [int(metadata[a.place.owner].views.seq_lens[0]) for a in attentions]
         return forward(self, *inputs)
 
     RoutedDecoder.forward = recording_forward

@@ -114,9 +114,13 @@ SCENES = (
 
 @dataclass
 class Answer:
-    """What the engine said. selected: per decision layer, indices into the visual tokens."""
+    """What the engine said. selected: per decision layer, indices into the visual tokens.
+
+    num_cached: prompt tokens read from the prefix cache.
+    """
 
     prompt_token_ids: list[int]
     token_ids: list[int]
     logprobs: list[dict[int, float]]
     selected: list[list[int]]
+    num_cached: int = 0

@@ -18,12 +18,12 @@ from vllm.v1.attention.backend import (
     subclass_attention_backend_with_overrides,
 )
 
-from vllm_reroute.attention.metadata import (
-    GroupBuffers,
-    RoutedAttentionMetadata,
-    per_layer_metadata,
-)
-from vllm_reroute.kv_cache.spec import RoutedAttentionSpec
+from vllm_reroute.attention.metadata import StageMetadata, compact_common, placed_common
+from vllm_reroute.attention.step import RoutedStep, real_step
+from vllm_reroute.kv_cache.spec import StageSpec
+from vllm_reroute.plan.row_pieces import row_pieces
+from vllm_reroute.plan.step_plan import StageLengths, StepPlan
+from vllm_reroute.to_device import to_device
 
 SUPPORTED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 """Backends whose metadata is one `block_table` and one `slot_mapping` over all requests."""
@@ -46,15 +46,30 @@ def routed_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend]
             f"--attention-backend {underlying.get_name()} cannot run routed stages. Choose one of: "
             f"{', '.join(SUPPORTED_BACKENDS)}."
         )
+    builder, impl = _stage_builder(underlying), _routed_impl(underlying)
+    return subclass_attention_backend_with_overrides(
+        name_prefix="Routed",
+        attention_backend_cls=underlying,
+        overrides={
+            "get_builder_cls": lambda: builder,
+            "get_impl_cls": lambda: impl,
+            "forward_includes_kv_cache_update": True,
+            "get_preferred_block_size": lambda default_block_size: smallest_block_size(underlying),
+        },
+    )
 
-    class RoutedMetadataBuilder(underlying.get_builder_cls()):  # type: ignore[misc]
-        """Builds the metadata of one keep ratio."""
+
+def _stage_builder(underlying: type[AttentionBackend]) -> type:
+    class StageMetadataBuilder(underlying.get_builder_cls()):  # type: ignore[misc]
+        """Builds the metadata of one stage."""
 
         supports_update_block_table = False
+        step: RoutedStep | None = None
+        """Set by the V1 runner's hook; the V2 runner hands the step to `build`."""
 
         def __init__(
             self,
-            kv_cache_spec: RoutedAttentionSpec,
+            kv_cache_spec: StageSpec,
             layer_names: list[str],
             vllm_config: VllmConfig,
             device: torch.device,
@@ -62,12 +77,11 @@ def routed_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend]
         ) -> None:
             super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
             layers = vllm_config.compilation_config.static_forward_context
-            self.routing_step = layers[layer_names[0]].routing_step
-            self.keep_ratio = kv_cache_spec.keep_ratio
+            self.stage = kv_cache_spec.stage
+            self.tables = layers[layer_names[0]].tables
             max_len = vllm_config.model_config.max_model_len
             entries = kv_cache_spec.max_num_blocks_per_req(vllm_config, max_len)
-            self.buffers = GroupBuffers(
-                num_layers=kv_cache_spec.num_layers,
+            self.tables.allocate(
                 block_size=kv_cache_spec.block_size,
                 max_reqs=vllm_config.scheduler_config.max_num_seqs,
                 max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
@@ -80,22 +94,57 @@ def routed_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend]
             common_prefix_len: int,
             common_attn_metadata: CommonAttentionMetadata,
             fast_build: bool = False,
-        ) -> RoutedAttentionMetadata:
-            plan = self.routing_step.plan
-            lengths = plan.lengths[self.keep_ratio] if plan else None
-            compact = self.buffers.fill(common_attn_metadata, lengths)
-            shared = super().build(0, compact, fast_build)
-            views = self.buffers.views(compact.num_reqs, compact.num_actual_tokens)
-            return RoutedAttentionMetadata(plan, per_layer_metadata(shared, views))
+            *,
+            step: RoutedStep | None = None,
+        ) -> StageMetadata:
+            step = real_step(step or self.step)
+            if step.plan is None:
+                return self.build_for_cudagraph_capture(common_attn_metadata)
+            plan, lengths = step.plan, step.plan.stages[self.stage]
+            if not lengths.num_tokens:
+                return StageMetadata(plan, None, None)
+            pieces = row_pieces(plan, self.stage, self.tables.max_tokens)
+            if pieces:
+                of_pieces = tuple(
+                    (
+                        to_device(piece.rows, self.device),
+                        self._of_piece(plan, piece.lengths, common_attn_metadata),
+                    )
+                    for piece in pieces
+                )
+                return StageMetadata(plan, None, self._views(common_attn_metadata, 0), of_pieces)
+            # Padding is the runner's, where every stage runs the tokens of the step.
+            num_tokens = lengths.num_tokens
+            if plan.boundary is None:
+                num_tokens = common_attn_metadata.num_actual_tokens
+            views = self._views(common_attn_metadata, num_tokens)
+            compact = compact_common(common_attn_metadata, views, lengths, num_tokens)
+            return StageMetadata(plan, super().build(0, compact, fast_build), views)
 
         def build_for_cudagraph_capture(
             self, common_attn_metadata: CommonAttentionMetadata
-        ) -> RoutedAttentionMetadata:
-            return self.build(0, common_attn_metadata)
+        ) -> StageMetadata:
+            views = self.tables.fill_dummy(self.stage, common_attn_metadata)
+            placed = placed_common(common_attn_metadata, views)
+            return StageMetadata(None, super().build(0, placed), views)
 
         def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
             return False
 
+        def _views(self, common: CommonAttentionMetadata, num_tokens: int) -> Any:
+            return self.tables.views(self.stage, common.num_reqs, num_tokens)
+
+        def _of_piece(
+            self, plan: StepPlan, lengths: StageLengths, common: CommonAttentionMetadata
+        ) -> StageMetadata:
+            views = self.tables.piece_views(self.stage, lengths)
+            compact = compact_common(common, views, lengths, lengths.num_tokens)
+            return StageMetadata(plan, super().build(0, compact), views)
+
+    return StageMetadataBuilder
+
+
+def _routed_impl(underlying: type[AttentionBackend]) -> type:
     class RoutedImpl(underlying.get_impl_cls()):  # type: ignore[misc]
         """Writes K/V and attends with the metadata of the calling layer."""
 
@@ -106,14 +155,14 @@ def routed_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend]
             key: torch.Tensor,
             value: torch.Tensor,
             kv_cache: torch.Tensor,
-            attn_metadata: RoutedAttentionMetadata | None,
+            attn_metadata: StageMetadata | None,
             output: torch.Tensor,
             *args: Any,
             **kwargs: Any,
         ) -> torch.Tensor:
             metadata = None
             if attn_metadata is not None:
-                metadata = attn_metadata.layers[layer.layer_in_group]
+                metadata = attn_metadata.of_layer(layer.place.index)
                 if not underlying.forward_includes_kv_cache_update:
                     slots = metadata.slot_mapping
                     if len(key) > len(slots):
@@ -123,13 +172,4 @@ def routed_backend(underlying: type[AttentionBackend]) -> type[AttentionBackend]
                 layer, query, key, value, kv_cache, metadata, output, *args, **kwargs
             )
 
-    return subclass_attention_backend_with_overrides(
-        name_prefix="Routed",
-        attention_backend_cls=underlying,
-        overrides={
-            "get_builder_cls": lambda: RoutedMetadataBuilder,
-            "get_impl_cls": lambda: RoutedImpl,
-            "forward_includes_kv_cache_update": True,
-            "get_preferred_block_size": lambda default_block_size: smallest_block_size(underlying),
-        },
-    )
+    return RoutedImpl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,75 +10,73 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 
 from vllm_reroute.attention.backend import routed_backend
-from vllm_reroute.kv_cache.spec import PLAIN_CACHE_DTYPES, RoutedAttentionSpec
+from vllm_reroute.attention.step_tables import StepTables
+from vllm_reroute.kv_cache.spec import PLAIN_CACHE_DTYPES, StageSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_reroute.plan.step_plan import StepPlan
     from vllm_reroute.schedule import RoutingSchedule
 
 
-@dataclass
-class RoutingStep:
-    """Where a runner leaves the plan of the step it is about to run.
+@dataclass(frozen=True)
+class StagePlace:
+    """A layer's place among those of its stage.
 
-    plan: written by the runner's adapter before it builds attention metadata, read by the
-    metadata builders; None for a dummy run.
+    stage: index in the schedule. index: of the layer in the stage. num_layers: of the stage.
+    owner: name of the stage's first layer, which owns the K/V pages.
     """
 
-    plan: StepPlan | None = None
+    stage: int
+    index: int
+    num_layers: int
+    owner: str
 
 
 class RoutedAttention(Attention):
-    """Paged attention of one layer in a group of layers with equal keep ratio.
+    """Paged attention of one layer of a stage.
 
-    Made from a layer vLLM has built (`route_attention`), so that whatever the model family set
-    up stays as it was. The group's first layer owns the group's K/V pages; the others use the
-    same pool through vLLM's KV sharing, each with blocks of its own.
+    The stage's first layer owns its K/V pages; the others use the same pool through vLLM's KV
+    sharing, each with blocks of its own.
     """
 
-    keep_ratio: float
-    encoder_ratio: float | None
-    layer_in_group: int
-    num_layers_in_group: int
-    routing_step: RoutingStep
+    place: StagePlace
+    tables: StepTables
+
+    @classmethod
+    def adopt(cls, layer: Attention, place: StagePlace, tables: StepTables) -> RoutedAttention:
+        """Turn a layer vLLM has built into a routed one, in place, so that whatever the model
+        family set up stays as it was.
+
+        Raises ValueError for a layer whose window or bias counts positions: a routed cache has no
+        entries for deferred tokens, so distances in it are not distances in the prompt.
+        """
+        _check_supported(layer)
+        layer.attn_backend = routed_backend(layer.attn_backend)
+        layer.impl.__class__ = layer.attn_backend.get_impl_cls()
+        layer.__class__ = cls
+        layer.place, layer.tables = place, tables
+        layer.kv_sharing_target_layer_name = place.owner if place.index else None
+        return layer
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         spec = super().get_kv_cache_spec(vllm_config)
         assert type(spec) is FullAttentionSpec, type(spec)
-        return replace_as(
-            spec,
-            RoutedAttentionSpec,
-            keep_ratio=self.keep_ratio,
-            encoder_ratio=self.encoder_ratio,
-            num_layers=self.num_layers_in_group,
-        )
+        return replace_as(spec, StageSpec, stage=self.place.stage, num_layers=self.place.num_layers)
 
 
-def route_attention(
-    layers: list[Attention], schedule: RoutingSchedule, routing_step: RoutingStep
-) -> None:
-    """Turn a decoder's attention layers into routed ones, in place.
+def route_attention(layers: Sequence[Attention], schedule: RoutingSchedule) -> StepTables:
+    """Turn a decoder's attention layers, in order, into routed ones; return their tables.
 
-    layers: one per decoder layer, in order.
-
-    Raises ValueError for a layer whose window or bias counts positions: a routed cache has no
-    entries for deferred tokens, so distances in it are not distances in the prompt.
+    Raises ValueError for layers routing cannot replace.
     """
-    for ratio in schedule.ratios:
-        group = [layers[i] for i in schedule.layers_with(ratio)]
+    tables = StepTables([stage.num_layers for stage in schedule.stages])
+    for number, stage in enumerate(schedule.stages):
+        group = layers[stage.first_layer : stage.end_layer]
         for index, layer in enumerate(group):
-            _check_supported(layer)
-            layer.attn_backend = routed_backend(layer.attn_backend)
-            layer.impl.__class__ = layer.attn_backend.get_impl_cls()
-            layer.__class__ = RoutedAttention
-            layer.keep_ratio = ratio
-            layer.encoder_ratio = schedule.encoder_ratio
-            layer.layer_in_group = index
-            layer.num_layers_in_group = len(group)
-            layer.routing_step = routing_step
-            layer.kv_sharing_target_layer_name = group[0].layer_name if index else None
+            place = StagePlace(number, index, len(group), group[0].layer_name)
+            RoutedAttention.adopt(layer, place, tables)
+    return tables
 
 
 def _check_supported(layer: Attention) -> None:

@@ -1,4 +1,4 @@
-"""The scheduler of a routed engine: image prompts run whole, sized by what they keep."""
+"""The scheduler of a routed engine: image prompts sized by what they keep."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from vllm_reroute.kv_cache.manager import RoutedAttentionManager
+from vllm_reroute.kv_cache.layered_manager import LayeredManager
+from vllm_reroute.kv_cache.live_routing import LiveRouting
+from vllm_reroute.kv_cache.parked_manager import ParkedManager
+from vllm_reroute.kv_cache.prefix_hits import PrefixHits
 from vllm_reroute.logger import reroute_logger
-from vllm_reroute.plan.visual_spans import visual_spans
 from vllm_reroute.report import engine_report
+from vllm_reroute.schedule import RoutingSchedule
 
 logger = reroute_logger(__name__)
 
@@ -21,49 +24,68 @@ logger = reroute_logger(__name__)
 class RoutedSchedulerMixin:
     """What routing adds to either of vLLM's schedulers.
 
-    An image request's prompt is scheduled in one step or not at all, because its decisions need
-    every prompt token at once; text prompts are chunked as usual. It does not read the prefix
-    cache: a cached prefix would leave the deferred tokens' states uncomputed.
+    Prompts are chunked and reuse the prefix cache as in vLLM. The step that runs an image prompt's
+    last token also runs its text and candidates through all stages after the first decision,
+    tokens of earlier steps included: such rows are charged too, see `_hold_back`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         assert not self.defer_block_free, "KV connectors are refused at start"
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            assert isinstance(manager, RoutedAttentionManager), type(manager)
-            manager.requests = self.requests
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        assert all(isinstance(manager, LayeredManager) for manager in managers)
+        self.live = LiveRouting(
+            self.requests,
+            RoutingSchedule.of(self.vllm_config),
+            block_size=managers[0].block_size,
+            offers_parked=self.kv_cache_manager.enable_caching,
+            max_step_tokens=self.max_num_scheduled_tokens,
+        )
+        for manager in managers:
+            manager.live = self.live
+        self.parked_pages: ParkedManager = next(
+            manager for manager in managers if isinstance(manager, ParkedManager)
+        )
+        hits = PrefixHits(self.kv_cache_manager, self.live)
+        self.kv_cache_manager.get_computed_blocks = hits.get_computed_blocks
+        self._deciding = 0, 0
         logger.info("%s", engine_report(self.vllm_config, self.kv_cache_config))
 
-    def add_request(self, request: Request) -> None:
-        if visual_spans(request) is not None:
-            request.skip_reading_prefix_cache = True
-        super().add_request(request)
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self._deciding = 0, 0
+        output = super().schedule(*args, **kwargs)
+        for request_id in self.parked_pages.holders:
+            request = self.requests[request_id]
+            if request.num_computed_tokens >= request.num_prompt_tokens:
+                self.parked_pages.release(request_id)
+        return output
 
     def _try_schedule_encoder_inputs(
-        self,
-        request: Request,
-        num_computed_tokens: int,
-        num_new_tokens: int,
-        encoder_compute_budget: int,
-        shift_computed_tokens: int = 0,
+        self, request: Request, num_computed_tokens: int, *args: Any, **kwargs: Any
     ) -> tuple[list[int], int, int, list[int], list[int]]:
-        """As the base, but an image prompt that would be cut waits for the next step."""
-        postponed: tuple[list[int], int, int, list[int], list[int]]
-        postponed = [], 0, encoder_compute_budget, [], []
-        spans = visual_spans(request)
-        missing = 0
-        if spans is not None and num_computed_tokens < spans.end:
-            missing = request.num_prompt_tokens - num_computed_tokens
-        if num_new_tokens < missing:
-            return postponed
-        scheduled = super()._try_schedule_encoder_inputs(
-            request,
-            num_computed_tokens,
-            num_new_tokens,
-            encoder_compute_budget,
-            shift_computed_tokens,
+        """As the base; a prompt whose decisions do not fit this step stops before its last token."""
+        inputs, num_new_tokens, *rest = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, *args, **kwargs
         )
-        return postponed if scheduled[1] < missing else scheduled
+        if self._hold_back(request, num_computed_tokens, num_new_tokens):
+            num_new_tokens = request.num_prompt_tokens - 1 - num_computed_tokens
+        return inputs, num_new_tokens, *rest
+
+    def _hold_back(self, request: Request, num_computed: int, num_new: int) -> bool:
+        """Whether taking the request's decisions now would make the step too large.
+
+        A decision looks at its prompts side by side, padded to the longest: together no more than a
+        step's tokens, or one prompt's.
+        """
+        routing = self.live.of(request)
+        if routing is None or not num_computed < routing.num_prompt <= num_computed + num_new:
+            return False
+        count, width = self._deciding
+        count, width = count + 1, max(width, num_computed + num_new)
+        if count > 1 and count * width > self.max_num_scheduled_tokens:
+            return True
+        self._deciding = count, width
+        return False
 
     def _free_request_blocks(self, request: Request) -> None:
         """Free from the end, all layers of the same tokens next to each other.

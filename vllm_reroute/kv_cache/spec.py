@@ -1,4 +1,4 @@
-"""KV cache spec of the layers that share a keep ratio."""
+"""KV cache specs of a routed engine: one group per stage, and one for parked states."""
 
 from __future__ import annotations
 
@@ -15,19 +15,12 @@ PLAIN_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutedAttentionSpec(FullAttentionSpec):
-    """All decoder layers of one keep ratio: one KV cache group, one block table.
+class LayeredSpec(FullAttentionSpec):
+    """A group whose layers share one block table (`interleaving.py`).
 
-    keep_ratio: share of a request's visual tokens that hold K/V here. encoder_ratio: of the
-    schedule; it decides how `keep_ratio` counts a request with several images.
-    num_layers: layers in the group. A page holds `block_size` tokens of ONE layer and a request
-    takes `num_layers` pages per `block_size` tokens, stored next to each other in the group's
-    block table: entry `i * num_layers + j` is block `i` of the group's layer `j`. So groups of
-    any size share one pool without padding, with as many tables as there are ratios.
+    num_layers: blocks a request takes per `block_size` tokens.
     """
 
-    keep_ratio: float
-    encoder_ratio: float | None = None
     num_layers: int
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
@@ -40,12 +33,32 @@ class RoutedAttentionSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """One spec for a group; refuses to mix ratios (the base would drop them silently)."""
+        """One spec for a group; refuses to mix stages (the base would drop what tells them apart)."""
         first = specs[0]
         if any(spec != first for spec in specs):
-            raise AssertionError("Layers of different keep ratios cannot share a KV cache group.")
+            raise AssertionError("Layers of different stages cannot share a KV cache group.")
         return replace(first)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        """Whether all specs are this one: different ratios need different numbers of slots."""
+        """Whether all specs are this one: stages differ in the slots a request needs."""
         return all(spec == self for spec in kv_cache_specs.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec(LayeredSpec):
+    """All decoder layers of one stage. stage: its index in the schedule."""
+
+    stage: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParkedSpec(LayeredSpec):
+    """Pages of parked states: the residual stream at the first decision layer's input.
+
+    num_layers: pages that the states of `block_size` tokens fill.
+    """
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        """vLLM's own lookups skip it; `prefix_hits.py` looks it up for image requests."""
+        return False

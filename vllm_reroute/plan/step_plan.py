@@ -1,68 +1,32 @@
-"""The plan of one engine step: lengths per keep ratio, and the image prefills to route."""
+"""The plan of one engine step: which requests run which rows in which stage.
+
+A prompt's progress is a function of the tokens it has run, not a state. With F its text prefix, P
+its length and n the tokens it has run, stages after the first decision have run
+
+    n <= F      n tokens
+    F < n < P   F tokens: the others have run the stages before it and are *parked* at its input
+    n >= P      all text and the visual tokens each stage keeps
+
+so scheduler and worker need to tell each other nothing.
+"""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from vllm_reroute.plan.visual_spans import VisualSpans
-from vllm_reroute.schedule.budget import num_kept_of_images
-
-
-@dataclass(frozen=True)
-class RequestRouting:
-    """What stays the same for one image request over its whole life.
-
-    spans: its visual tokens. prompt: its token ids; the last one scores.
-    deferred: [ratios] int64, visual tokens NOT kept, in the order of the schedule's ratios.
-    """
-
-    spans: VisualSpans
-    prompt: Sequence[int]
-    deferred: np.ndarray
-
-    @classmethod
-    def of(
-        cls,
-        spans: VisualSpans | None,
-        prompt: Sequence[int],
-        ratios: Sequence[float],
-        encoder_ratio: float | None = None,
-    ) -> RequestRouting | None:
-        """None for a request without visual tokens.
-
-        ratios, encoder_ratio: of the `RoutingSchedule`.
-        """
-        if spans is None:
-            return None
-        kept = [num_kept_of_images(spans.sizes, ratio, encoder_ratio) for ratio in ratios]
-        return cls(spans, prompt, spans.num_visual - np.array(kept, dtype=np.int64))
-
-    @property
-    def num_prompt(self) -> int:
-        """Prompt tokens, placeholders included."""
-        return len(self.prompt)
-
-    @cached_property
-    def seed(self) -> int:
-        """A number that depends on the prompt alone, so that chance falls the same way again."""
-        return zlib.crc32(np.asarray(self.prompt, dtype=np.int64).tobytes())
-
-    def num_kept(self, ratio_index: int) -> int:
-        """Visual tokens that run in stages of the ratio at `ratio_index`."""
-        return self.spans.num_visual - int(self.deferred[ratio_index])
+from vllm_reroute.plan.request_routing import RequestRouting
 
 
 @dataclass(frozen=True)
 class StageLengths:
-    """Lengths all stages of one keep ratio see in this step.
+    """Lengths one stage sees in this step.
 
-    query_lens: [requests] int32, tokens that run. seq_lens: [requests] int32, K/V entries held
-    once the step has written its own.
+    query_lens: [requests] int32, tokens that run; may be 0. seq_lens: [requests] int32, K/V entries
+    held once the step has written its own.
     """
 
     query_lens: np.ndarray
@@ -79,13 +43,11 @@ class StageLengths:
     def num_tokens(self) -> int:
         return int(self.query_start_loc[-1])
 
+    @cached_property
     def request_and_position(self) -> tuple[np.ndarray, np.ndarray]:
-        """[tokens] each, for the tokens that run: their request, and their place in its K/V.
-
-        Every request runs at least one token: all of its text, and a kept visual token.
-        """
+        """[tokens] int32 each, for the tokens that run: their request, and their place in its K/V."""
         requests = np.arange(len(self.query_lens), dtype=np.int32)
-        if self.num_tokens == len(requests):
+        if self.num_tokens == len(requests) and (self.query_lens == 1).all():
             return requests, self.seq_lens - 1
         request = requests.repeat(self.query_lens)
         shift = self.seq_lens - self.query_start_loc[1:]
@@ -94,73 +56,206 @@ class StageLengths:
 
 @dataclass(frozen=True)
 class ImagePrefill:
-    """One request whose visual tokens are routed in this step.
+    """A request whose decisions are taken in this step.
 
-    index: its row in the step's batch. start: its first token in the step's flat token axis.
-    num_tokens: its tokens in this step. routing: its lasting facts.
+    index: its row in the step's batch. start: its first candidate among the step's. num_tokens: its
+    candidates. first: prompt position of the first of them; text before it is in the stages' K/V
+    already. routing: its lasting facts.
     """
 
     index: int
     start: int
     num_tokens: int
+    first: int
     routing: RequestRouting
+
+    @property
+    def num_prompt_rows(self) -> int:
+        """Candidates that belong to the prompt; a resumed request runs generated tokens too."""
+        return self.routing.num_prompt - self.first
+
+
+@dataclass(frozen=True)
+class Places:
+    """Tokens by request and prompt position, both [n] int64."""
+
+    request: np.ndarray
+    position: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.request)
+
+    def take(self, rows: np.ndarray) -> Places:
+        return Places(self.request[rows], self.position[rows])
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What happens between the stages before the first decision and those after it.
+
+    parked: tokens of this step whose states are written to pages, `parked_rows` of the step's.
+    fetched: tokens of earlier steps whose states are read back. source: [candidates] int64, the row
+    of each candidate among the step's tokens followed by the fetched ones.
+    shared_text: text whose K/V block gets complete in this step: a decision of the same step may
+    already be reading it. first: [requests] int64, position of a request's first candidate.
+    text_rows: [requests] int64, leading candidates that are text other requests may share.
+    """
+
+    parked: Places
+    parked_rows: np.ndarray
+    fetched: Places
+    source: np.ndarray
+    shared_text: Places
+    first: np.ndarray
+    text_rows: np.ndarray
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """One step, complete before it runs. Everything here lives on the host.
 
-    lengths: keep ratio -> `StageLengths`. prefills: empty in a step that only decodes or runs
-    text; the model is then an ordinary loop over its layers. everyone: lengths with no token
-    deferred, the layout of the step before any decision.
+    num_tokens: tokens of the step. stages: lengths per stage of the schedule. candidates: lengths
+    at the input of the first decision layer. prefills: requests whose decisions are taken now.
+    boundary: None where every token of the step simply runs all stages.
     """
 
-    num_reqs: int
     num_tokens: int
-    lengths: Mapping[float, StageLengths]
-    prefills: tuple[ImagePrefill, ...]
-    everyone: StageLengths
+    stages: tuple[StageLengths, ...]
+    candidates: StageLengths
+    prefills: tuple[ImagePrefill, ...] = ()
+    boundary: Boundary | None = None
 
-    def ratio_index(self, ratio: float) -> int:
-        """Place of a keep ratio among those of the schedule."""
-        return list(self.lengths).index(ratio)
+    @property
+    def num_reqs(self) -> int:
+        return len(self.candidates.query_lens)
+
+    @cached_property
+    def query_lens(self) -> np.ndarray:
+        """[stages, requests] int32."""
+        return np.stack([lengths.query_lens for lengths in self.stages])
+
+    @cached_property
+    def seq_lens(self) -> np.ndarray:
+        """[stages, requests] int32."""
+        return np.stack([lengths.seq_lens for lengths in self.stages])
+
+
+@dataclass(frozen=True)
+class BatchRouting:
+    """The lasting facts of a batch's requests as arrays; text requests have a prompt of 0 tokens.
+
+    num_prompt, text_prefix: [requests] int64. deferred: [stages, requests] int64.
+    """
+
+    routings: tuple[RequestRouting | None, ...]
+    num_prompt: np.ndarray
+    text_prefix: np.ndarray
+    deferred: np.ndarray
+
+    @classmethod
+    def of(cls, routings: Sequence[RequestRouting | None], num_stages: int) -> BatchRouting:
+        num_prompt = np.zeros(len(routings), dtype=np.int64)
+        text_prefix = np.zeros(len(routings), dtype=np.int64)
+        deferred = np.zeros((num_stages, len(routings)), dtype=np.int64)
+        for i, routing in enumerate(routings):
+            if routing is not None:
+                num_prompt[i] = routing.num_prompt
+                text_prefix[i] = routing.text_prefix
+                deferred[:, i] = routing.deferred
+        return cls(tuple(routings), num_prompt, text_prefix, deferred)
 
 
 def plan_step(
     num_computed: np.ndarray,
     num_scheduled: np.ndarray,
-    routings: Sequence[RequestRouting | None],
-    ratios: Sequence[float],
+    batch: BatchRouting,
+    *,
+    dense_stages: int,
+    block_size: int,
+    offers_parked: bool,
 ) -> StepPlan:
     """Plan a step from the batch's token counts.
 
-    num_computed, num_scheduled: [requests], tokens computed before and scheduled now.
-    routings: one per request, None for text-only ones. ratios: `RoutingSchedule.ratios`.
-
-    An image prompt is scheduled whole (see `kv_cache/scheduler.py`), so a step runs either all
-    visual tokens of a request or none of them.
+    num_computed, num_scheduled: [requests] int64, tokens run before and scheduled now. dense_stages:
+    stages before the first decision, 1 or 0. offers_parked: whether parked states are offered for
+    reuse, that is, whether prefix caching is on; else only those are written that a later step of
+    the request reads.
     """
-    num_reqs = len(routings)
-    seq_lens = num_computed + num_scheduled
-    starts = np.concatenate(([0], np.cumsum(num_scheduled)))
-    held = np.zeros((num_reqs, len(ratios)), dtype=np.int64)
-    skipped = np.zeros_like(held)
-    prefills = []
-    for i, routing in enumerate(routings):
-        if routing is None or seq_lens[i] <= routing.spans.first:
-            continue
-        held[i] = routing.deferred
-        if num_computed[i] < routing.spans.end:
-            assert num_computed[i] == 0 and seq_lens[i] >= routing.num_prompt, (
-                "an image prompt was not scheduled whole"
-            )
-            skipped[i] = routing.deferred
-            prefills.append(ImagePrefill(i, int(starts[i]), int(num_scheduled[i]), routing))
-    query_lens = (num_scheduled - skipped.T).astype(np.int32)
-    kv_lens = (seq_lens - held.T).astype(np.int32)
-    lengths = {
-        ratio: StageLengths(query_lens=query, seq_lens=kv)
-        for ratio, query, kv in zip(ratios, query_lens, kv_lens, strict=True)
-    }
-    everyone = StageLengths(num_scheduled.astype(np.int32), seq_lens.astype(np.int32))
-    return StepPlan(num_reqs, int(starts[-1]), lengths, tuple(prefills), everyone)
+    end = num_computed + num_scheduled
+    prefilling = num_computed < batch.num_prompt
+    decided = end >= batch.num_prompt
+    # Later stages run positions [first, last) of each request.
+    first = np.where(prefilling, np.minimum(num_computed, batch.text_prefix), num_computed)
+    last = np.where(decided, end, np.minimum(end, batch.text_prefix))
+    finishing = prefilling & decided
+    query = (last - first) - batch.deferred * finishing
+    held = last - batch.deferred * decided
+    query[:dense_stages], held[:dense_stages] = num_scheduled, end
+    stages = tuple(
+        StageLengths(lens, seqs)
+        for lens, seqs in zip(query.astype(np.int32), held.astype(np.int32), strict=True)
+    )
+    candidates = StageLengths((last - first).astype(np.int32), last.astype(np.int32))
+    num_tokens = int(num_scheduled.sum())
+    if not (prefilling & (end > batch.text_prefix)).any():
+        return StepPlan(num_tokens, stages, candidates)
+    boundary = _plan_boundary(
+        num_computed, num_scheduled, batch, candidates, first, block_size, offers_parked
+    )
+    prefills = tuple(
+        ImagePrefill(
+            index=i,
+            start=int(candidates.query_start_loc[i]),
+            num_tokens=int(candidates.query_lens[i]),
+            first=int(first[i]),
+            routing=batch.routings[i],
+        )
+        for i in finishing.nonzero()[0].tolist()
+    )
+    return StepPlan(num_tokens, stages, candidates, prefills, boundary)
+
+
+def _plan_boundary(
+    num_computed: np.ndarray,
+    num_scheduled: np.ndarray,
+    batch: BatchRouting,
+    candidates: StageLengths,
+    first: np.ndarray,
+    block_size: int,
+    offers_parked: bool,
+) -> Boundary:
+    """Rows that move between the step, the parked pages and the first decision."""
+    end = num_computed + num_scheduled
+    starts = np.cumsum(num_scheduled) - num_scheduled
+
+    request, place = (part.astype(np.int64) for part in candidates.request_and_position)
+    of_step = place >= num_computed[request]
+    source = starts[request] + place - num_computed[request]
+    source[~of_step] = int(num_scheduled.sum()) + np.arange(int((~of_step).sum()))
+    fetched = Places(request[~of_step], place[~of_step])
+
+    step_request = np.arange(len(num_scheduled)).repeat(num_scheduled)
+    step_rows = np.arange(len(step_request))
+    position = step_rows - starts[step_request] + num_computed[step_request]
+    park_end = np.where(
+        end < batch.num_prompt,
+        end,
+        batch.num_prompt // block_size * block_size if offers_parked else 0,
+    )
+    parks = (position >= batch.text_prefix[step_request]) & (position < park_end[step_request])
+    rows = step_rows[parks]
+
+    # Text-only requests have a prompt of 0 tokens here: all they run is text of their own.
+    text_end = np.where(batch.num_prompt == 0, end, batch.text_prefix)
+    text_rows = (np.minimum(candidates.seq_lens, text_end) - first).clip(min=0)
+    completes = (place // block_size + 1) * block_size <= candidates.seq_lens[request]
+    shared = (place < text_end[request]) & completes
+    return Boundary(
+        parked=Places(step_request[rows], position[rows]),
+        parked_rows=rows,
+        fetched=fetched,
+        source=source,
+        shared_text=Places(request[shared], place[shared]),
+        first=first,
+        text_rows=text_rows,
+    )

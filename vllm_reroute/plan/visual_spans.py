@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
-    from vllm.v1.request import Request
 
 VISUAL_MODALITIES = ("image", "video")
 
@@ -88,15 +86,3 @@ class VisualSpans:
         for start, end in zip(self.starts, self.ends, strict=True):
             mask[start:end] = True
         return mask
-
-
-_SPANS_OF_REQUEST: WeakKeyDictionary[Request, VisualSpans | None] = WeakKeyDictionary()
-
-
-def visual_spans(request: Request) -> VisualSpans | None:
-    """Spans of a live request, computed once; they go when the request goes."""
-    if not request.mm_features:
-        return None
-    if request not in _SPANS_OF_REQUEST:
-        _SPANS_OF_REQUEST[request] = VisualSpans.of(request.mm_features)
-    return _SPANS_OF_REQUEST[request]

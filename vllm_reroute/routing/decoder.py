@@ -1,9 +1,8 @@
-"""The loop over stages: score, choose, run the chosen tokens, bring the others back."""
+"""The loop over stages: run, park, score, choose, run the chosen tokens, bring the others back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,45 +10,26 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.sequence import IntermediateTensors
 
-from vllm_reroute.attention.layer import RoutedAttention, RoutingStep, route_attention
-from vllm_reroute.attention.metadata import RoutedAttentionMetadata
+from vllm_reroute.attention.layer import RoutedAttention, route_attention
+from vllm_reroute.attention.metadata import StageMetadata, reading
+from vllm_reroute.attention.parked import ParkedExchange, ParkedStates
+from vllm_reroute.plan.capacity import candidate_capacity
 from vllm_reroute.plan.step_plan import StepPlan
 from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
-from vllm_reroute.routing.prompt_rows import PromptRows, prompt_scores, visual_mask
+from vllm_reroute.routing.prompt_rows import prompt_scores
 from vllm_reroute.routing.scorers.attention import LAST_TOKEN, LastTokenScorer, ScoringRule
 from vllm_reroute.routing.scorers.random import RandomScorer
-from vllm_reroute.routing.selection import select_rows
 from vllm_reroute.routing.stage import build_stage
-from vllm_reroute.schedule import RoutingSchedule
-from vllm_reroute.schedule.routing_schedule import Decision
-
-
-@dataclass
-class RunningTokens:
-    """The tokens a stage runs on.
-
-    stream: [n, hidden], residual stream. positions: [n] or [3, n], original rope positions.
-    rows: [n] int64, their places among all tokens of the step. visual: bool [n].
-    """
-
-    stream: torch.Tensor
-    positions: torch.Tensor
-    rows: torch.Tensor
-    visual: torch.Tensor
-
-    def take(self, rows: torch.Tensor) -> RunningTokens:
-        """The only gather: states, positions and places travel together."""
-        return RunningTokens(
-            self.stream[rows], self.positions[..., rows], self.rows[rows], self.visual[rows]
-        )
+from vllm_reroute.routing.token_state import TokenState
+from vllm_reroute.schedule import RoutingSchedule, Stage
 
 
 class RoutedDecoder(nn.Module):
     """Runs a decoder vLLM has built, stage by stage.
 
     layers: the decoder's layers, called as `layer(positions, hidden, residual)`. norm: its final
-    norm. scoring: the rows its decisions are scored by. A step without image prefills is an
-    ordinary loop over all layers.
+    norm. scoring: the rows its decisions are scored by. A step in which every token runs all stages
+    is an ordinary loop over all layers.
     """
 
     def __init__(
@@ -60,34 +40,41 @@ class RoutedDecoder(nn.Module):
         scoring: ScoringRule = LAST_TOKEN,
     ) -> None:
         super().__init__()
-        self.schedule = RoutingSchedule.of(vllm_config)
-        self.routing_step = RoutingStep()
-        route_attention(
-            [layer.self_attn.attn for layer in layers], self.schedule, self.routing_step
-        )
-        self._first_attention: RoutedAttention = layers[0].self_attn.attn
+        self.schedule = schedule = RoutingSchedule.of(vllm_config)
+        scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+        hidden_size = model.hf_text_config.hidden_size
+        attentions: list[RoutedAttention] = [layer.self_attn.attn for layer in layers]
+        # One more column for what the vision encoder decided, where it takes the first decision.
+        parked_width = hidden_size + (schedule.encoder_ratio is not None)
+        stem = attentions[0].layer_name.rsplit(".layers.", 1)[0]
+        parked_name = f"{stem}.layers.{len(layers)}.parked"
+        parked = ParkedStates(attentions[0], parked_name, parked_width, vllm_config)
+        self.tables = route_attention(attentions, schedule)
         # In tuples: these modules belong to the language model and load their weights there.
-        self._pieces = tuple(
+        self._parked = (parked,)
+        self._norm = (norm,)
+        self._names = tuple(attention.layer_name for attention in attentions)
+        self._runs = tuple(
             build_stage(layers[piece.first_layer : piece.end_layer], piece, vllm_config)
-            for piece in self.schedule.pieces
+            for piece in schedule.pieces
         )
         self._scorers = {
             decision.scored_at: RandomScorer(decision.scored_at)
-            if self.schedule.scorer == "random"
-            else LastTokenScorer(layers[decision.scored_at], scoring)
-            for decision in self.schedule.decisions
+            if schedule.scorer == "random"
+            else LastTokenScorer(
+                layers[decision.scored_at], scoring, scheduler.max_num_batched_tokens
+            )
+            for decision in schedule.decisions
             if decision.scored_at is not None
         }
-        self._norm = (norm,)
-        text_config = vllm_config.model_config.hf_text_config
-        self.deferred = (
+        self.waiting = (
             DeferredTokenBuffer(
-                vllm_config.scheduler_config.max_num_batched_tokens,
-                text_config.hidden_size,
-                vllm_config.model_config.dtype,
+                candidate_capacity(scheduler.max_num_batched_tokens, model.max_model_len),
+                hidden_size,
+                model.dtype,
                 vllm_config.device_config.device,
             )
-            if self.schedule.reroutes
+            if schedule.reroutes
             else None
         )
 
@@ -111,7 +98,7 @@ class RoutedDecoder(nn.Module):
         tokens that did not run the last stage hold zeros: nothing samples from them.
         """
         plan = self._current_plan()
-        if plan is None or not plan.prefills:
+        if plan is None or plan.boundary is None:
             return self._run_all(hidden_states, positions, additions)
         return self._run_routed(hidden_states, positions, additions, encoder_scores, plan)
 
@@ -120,8 +107,8 @@ class RoutedDecoder(nn.Module):
         metadata = get_forward_context().attn_metadata
         if not metadata:
             return None
-        own = metadata[self._first_attention.layer_name]
-        assert isinstance(own, RoutedAttentionMetadata), type(own)
+        own = metadata[self._names[0]]
+        assert isinstance(own, StageMetadata), type(own)
         return own.plan
 
     def _run_all(
@@ -130,10 +117,10 @@ class RoutedDecoder(nn.Module):
         positions: torch.Tensor,
         additions: IntermediateTensors | None,
     ) -> torch.Tensor:
-        first, *others = self._pieces
+        first, *others = self._runs
         hidden_states, residual = first(positions, hidden_states, None, additions)
-        for piece in others:
-            hidden_states, residual = piece(positions, hidden_states, residual)
+        for run in others:
+            hidden_states, residual = run(positions, hidden_states, residual)
         return self._norm[0](hidden_states, residual)[0]
 
     def _run_routed(
@@ -144,100 +131,103 @@ class RoutedDecoder(nn.Module):
         encoder_scores: torch.Tensor | None,
         plan: StepPlan,
     ) -> torch.Tensor:
-        device, num_tokens = hidden_states.device, plan.num_tokens
-        if additions is not None:
-            additions = additions[:num_tokens]
-        # Candidates of the next decision, and those of them that run: rows `chosen`, None for all.
-        candidates = RunningTokens(
-            stream=hidden_states[:num_tokens],
-            positions=positions[..., :num_tokens],
-            rows=torch.arange(num_tokens, device=device),
-            visual=visual_mask(plan, device),
-        )
-        running, chosen = candidates, None
-        prompts = PromptRows.of(plan, None, device)
-        decisions = {decision.layer: decision for decision in self.schedule.decisions}
-        scored = {decision.scored_at: decision for decision in self.schedule.decisions}
-        hidden, residual, scores = candidates.stream, None, None
-        accumulates = self.schedule.scorer == "accumulated"
-        for piece, run in zip(self.schedule.pieces, self._pieces, strict=True):
-            layer = piece.first_layer
-            if layer in decisions or layer in scored:
-                candidates.stream = self._brought_back(hidden, residual, chosen, candidates)
-            if layer in scored and (accumulates or not _keeps_all(scored[layer], prompts, plan)):
-                found = self._scorers[layer].score(candidates.stream, candidates.positions, prompts)
-                scores = scores + found if accumulates and scores is not None else found
-            if layer in decisions:
-                decision = decisions[layer]
-                if decision.scored_at is None:
-                    assert encoder_scores is not None, "images without the encoder's decision"
-                    scores = prompt_scores(encoder_scores, prompts)
-                running, chosen = self._choose(decision, scores, candidates, prompts, plan)
-                if decision.removes:
-                    candidates, chosen = running, None
-                    prompts = PromptRows.of(plan, decision.keep_ratio, device)
-            if layer == 0:
-                hidden, residual = run(running.positions, running.stream, None, additions)
-            else:
-                hidden, residual = run(
-                    running.positions, torch.zeros_like(running.stream), running.stream
-                )
         output = hidden_states.new_zeros(hidden_states.shape)
-        return output.index_copy_(0, running.rows, self._norm[0](hidden, residual)[0])
+        num_tokens = plan.num_tokens
+        positions = positions[..., :num_tokens]
+        additions = None if additions is None else additions[:num_tokens]
+        pieces = list(zip(self.schedule.pieces, self._runs, strict=True))
+        stream = hidden_states[:num_tokens]
+        if self.schedule.boundary > 0:
+            (_, run), *pieces = pieces
+            hidden, residual = run(positions, stream, None, additions)
+            stream = hidden + residual
+        exchange: ParkedExchange = get_forward_context().attn_metadata[self._parked[0].layer_name]
+        tokens, scores = self._cross_boundary(stream, positions, encoder_scores, exchange, plan)
+        if tokens is None:
+            return output
+        for piece, run in pieces:
+            self._decide(tokens, piece.first_layer, scores)
+            self._run(tokens, run, piece)
+        rows = exchange.source[tokens.running.rows]
+        # Rows of earlier steps' tokens all go to one more row, which is dropped.
+        final = torch.cat((output[:num_tokens], output.new_zeros(1, output.shape[1])))
+        final[rows.clamp(max=num_tokens)] = self._norm[0](tokens.hidden, tokens.residual)[0]
+        output[:num_tokens] = final[:num_tokens]
+        return output
 
-    def _choose(
+    def _cross_boundary(
         self,
-        decision: Decision,
-        scores: torch.Tensor | None,
-        candidates: RunningTokens,
-        prompts: PromptRows,
+        stream: torch.Tensor,
+        positions: torch.Tensor,
+        encoder_scores: torch.Tensor | None,
+        exchange: ParkedExchange,
         plan: StepPlan,
-    ) -> tuple[RunningTokens, torch.Tensor | None]:
-        """Tokens that run from the decision's layer on, and their rows among the candidates.
+    ) -> tuple[TokenState | None, torch.Tensor | None]:
+        """Park what has to wait for a later step; collect the candidates of the first decision.
 
-        scores: fp32 [requests, width]; not read where nothing is deferred: all run, and the rows
-        are None.
+        stream: [tokens, hidden] at the first decision layer's input. Returns no state where nobody
+        goes on, and the candidates' scores where the vision encoder gives them.
         """
-        if _keeps_all(decision, prompts, plan):
-            return candidates, None
-        rows = select_rows(
-            scores,
-            candidates.visual,
-            prompts,
-            _num_kept(decision, plan),
-            plan.lengths[decision.keep_ratio].num_tokens,
-        )
-        return candidates.take(rows), rows
+        parked, hidden_size = self._parked[0], stream.shape[1]
+        states = stream
+        if encoder_scores is not None or parked.width > hidden_size:
+            column = stream.new_zeros(len(stream)) if encoder_scores is None else encoder_scores
+            states = torch.cat((stream, column[: len(stream), None].to(stream.dtype)), dim=1)
+        if len(exchange.rows):
+            parked.write(states[exchange.rows], exchange.written)
+        num_candidates = plan.candidates.num_tokens
+        if not num_candidates:
+            return None, None
+        if len(plan.boundary.fetched):
+            states = torch.cat((states, parked.read(exchange.read)))
+            positions = torch.cat((positions, exchange.positions), dim=-1)
+        if num_candidates != plan.num_tokens or len(plan.boundary.fetched):
+            states, positions = states[exchange.source], positions[..., exchange.source]
+        candidates = states[:, :hidden_size]
+        if self.waiting is not None:
+            candidates = self.waiting.open(num_candidates).copy_(candidates)
+        scores = states[:, hidden_size].float() if states.shape[1] > hidden_size else None
+        return TokenState(plan, candidates, positions), scores
 
-    def _brought_back(
-        self,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        chosen: torch.Tensor | None,
-        candidates: RunningTokens,
-    ) -> torch.Tensor:
-        """The residual stream of all candidates at a layer's input.
+    def _decide(self, tokens: TokenState, layer: int, encoder_scores: torch.Tensor | None) -> None:
+        """Score and choose at a layer's input, where the schedule says so."""
+        decision = next((d for d in self.schedule.decisions if d.layer == layer), None)
+        scored = next((d for d in self.schedule.decisions if d.scored_at == layer), None)
+        if tokens.prompts is None or (decision is None and scored is None):
+            return
+        tokens.merge()
+        accumulates = self.schedule.scorer == "accumulated"
+        if scored is not None:
+            stage = self.schedule.stage_of(scored.layer)
+            if accumulates or not tokens.keeps_all(stage):
+                found = self._scorers[layer].score(
+                    tokens.candidates.stream, tokens.candidates.positions, tokens.prompts
+                )
+                adds = accumulates and tokens.scores is not None
+                tokens.scores = tokens.scores + found if adds else found
+        if decision is not None:
+            if decision.scored_at is None:
+                assert encoder_scores is not None, "images without the encoder's decision"
+                tokens.scores = prompt_scores(encoder_scores, tokens.prompts)
+            tokens.choose(self.schedule.stage_of(layer), removes=decision.removes)
 
-        hidden, residual: of those that ran, rows `chosen` of the candidates. The others waited in
-        the side buffer, which holds the stream wherever tokens may come back.
-        """
-        if self.deferred is None:
-            return hidden if residual is None else hidden + residual
-        waiting = self.deferred.open(len(candidates.rows))
-        if chosen is None and residual is not None:
-            return torch.add(hidden, residual, out=waiting)
-        if chosen is None:
-            return waiting.copy_(hidden)
-        self.deferred.write(chosen, hidden + residual)
-        return waiting
-
-
-def _num_kept(decision: Decision, plan: StepPlan) -> list[int]:
-    """Visual tokens to keep, per image prompt of the step."""
-    ratio_index = plan.ratio_index(decision.keep_ratio)
-    return [prefill.routing.num_kept(ratio_index) for prefill in plan.prefills]
-
-
-def _keeps_all(decision: Decision, prompts: PromptRows, plan: StepPlan) -> bool:
-    """Whether there is nothing to decide: as many are kept as there are."""
-    return _num_kept(decision, plan) == list(prompts.num_visual)
+    def _run(self, tokens: TokenState, run: nn.Module, piece: Stage) -> None:
+        """Run layers on the tokens chosen, some rows after the others where they are very many."""
+        hidden, residual = tokens.hidden, tokens.residual
+        if piece.first_layer and residual is None:
+            hidden, residual = torch.zeros_like(hidden), hidden
+        names = self._names[piece.first_layer : piece.end_layer]
+        metadata: StageMetadata = get_forward_context().attn_metadata[names[0]]
+        positions = tokens.running.positions
+        if not metadata.pieces:
+            tokens.hidden, tokens.residual = run(positions, hidden, residual)
+            return
+        # Later rows read the K/V of earlier ones.
+        done = torch.empty_like(hidden), torch.empty_like(hidden)
+        for rows, own in metadata.pieces:
+            with reading(own, names):
+                own_residual = None if residual is None else residual[rows]
+                results = run(positions[..., rows], hidden[rows], own_residual)
+            for whole, result in zip(done, results, strict=True):
+                whole[rows] = result
+        tokens.hidden, tokens.residual = done

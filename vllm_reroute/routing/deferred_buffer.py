@@ -7,17 +7,14 @@ from torch import nn
 
 
 class DeferredTokenBuffer(nn.Module):
-    """Hidden states of tokens that wait for the next decision, outside the paged KV cache.
+    """Hidden states of tokens that wait for the next decision of their step, outside the K/V pages.
 
-    One row per token a step may hold, whatever the number of requests and layers: `capacity` is
-    `max_num_batched_tokens`. It is allocated with the model, so vLLM's memory profile counts it.
-
-    Rows are addresses, not places in a batch: `write` takes them explicitly. A step uses row t for
-    candidate t of its decisions (its token t, where all may come back); a later user may reserve
-    rows past a step's for tokens that stay parked from one step to the next (chunked image
-    prompts), without changing this class.
+    Tokens that wait for a *later step* are parked in pages (`attention/parked.py`). Once all of a
+    prompt is there, its tokens are copied here: pages are shared between requests and never
+    changed, and these states change with every stage they run. A step uses row t for candidate t.
 
     states: [capacity, hidden], the residual stream (hidden + residual) at a layer's input.
+    Allocated with the model, so vLLM's memory profile counts it.
     """
 
     states: torch.Tensor
@@ -30,15 +27,6 @@ class DeferredTokenBuffer(nn.Module):
         states = torch.zeros(capacity, hidden_size, dtype=dtype, device=device).fill_(0)
         self.register_buffer("states", states, persistent=False)
 
-    @property
-    def num_bytes(self) -> int:
-        """Device bytes held for the life of the engine."""
-        return self.states.numel() * self.states.element_size()
-
     def open(self, num_tokens: int) -> torch.Tensor:
         """Rows [0, num_tokens) as a view [num_tokens, hidden], to be filled by the caller."""
         return self.states[:num_tokens]
-
-    def write(self, rows: torch.Tensor, states: torch.Tensor) -> None:
-        """Put states [n, hidden] at rows [n]: tokens that ran a stage rejoin the others."""
-        self.states.index_copy_(0, rows, states)

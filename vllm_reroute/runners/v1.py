@@ -1,60 +1,107 @@
-"""The V1 model runner (what CPU runs): read its batch, plan the step."""
+"""The V1 model runner (what CPU runs): read its batch, plan the step, set it on the builders."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from vllm_reroute.plan.step_plan import RequestRouting, StepPlan, plan_step
-from vllm_reroute.plan.visual_spans import VisualSpans
+from vllm_reroute.attention.step import DUMMY_STEP, RoutedStep
+from vllm_reroute.plan.request_routing import RequestRouting
+from vllm_reroute.plan.step_plan import Places
+from vllm_reroute.runners.step_planner import StepPlanner
+from vllm_reroute.to_device import to_device
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from vllm_reroute.schedule import RoutingSchedule
+_PLANNER_ATTRIBUTE = "reroute_planner"
+_ROUTING_ATTRIBUTE = "reroute_routing"
 
-_STATE_ATTRIBUTE = "reroute_routing"
 
+@contextmanager
+def planned_step(
+    runner: GPUModelRunner,
+    *,
+    num_tokens: int,
+    num_reqs: int,
+    num_scheduled_tokens: dict[str, int] | None,
+) -> Iterator[None]:
+    """While entered, the metadata builders of a routed model know the step.
 
-def set_step_plan(runner: GPUModelRunner, num_scheduled_tokens: dict[str, int] | None) -> None:
-    """Leave the plan of the coming step with the runner's model, if that model is routed.
-
-    num_scheduled_tokens: request id -> tokens of this step; None in dummy and profile runs, which
-    are not routed.
+    num_tokens, num_reqs: with padding. num_scheduled_tokens: request id -> tokens of this step; None
+    in dummy and profile runs, which are not routed. Does nothing for other models.
     """
     decoder = getattr(runner.get_model(), "routed_decoder", None)
     if decoder is None:
+        yield
         return
-    step = decoder.routing_step
-    step.plan = None
+    step = DUMMY_STEP
     if num_scheduled_tokens is not None:
-        step.plan = plan_v1_step(runner, num_scheduled_tokens, decoder.schedule)
+        if not hasattr(runner, _PLANNER_ATTRIBUTE):
+            planner = StepPlanner(runner.vllm_config, runner.kv_cache_config, decoder)
+            setattr(runner, _PLANNER_ATTRIBUTE, planner)
+        step = _V1Batch(runner).plan(num_scheduled_tokens, num_reqs, num_tokens)
+    builders = [
+        builder
+        for groups in runner.attn_groups
+        for group in groups
+        for builder in group.metadata_builders
+    ]
+    for builder in builders:
+        builder.step = step
+    try:
+        yield
+    finally:
+        for builder in builders:
+            builder.step = None
 
 
-def plan_v1_step(
-    runner: GPUModelRunner, num_scheduled_tokens: dict[str, int], schedule: RoutingSchedule
-) -> StepPlan:
-    """Plan from the runner's input batch, in its request order."""
-    batch = runner.input_batch
-    req_ids = batch.req_ids[: batch.num_reqs]
-    return plan_step(
-        num_computed=batch.num_computed_tokens_cpu[: batch.num_reqs].astype(np.int64),
-        num_scheduled=np.array([num_scheduled_tokens[r] for r in req_ids], dtype=np.int64),
-        routings=[_routing(runner.requests[r], schedule) for r in req_ids],
-        ratios=schedule.ratios,
-    )
+class _V1Batch:
+    """The runner's input batch, in its request order."""
 
+    def __init__(self, runner: GPUModelRunner) -> None:
+        self.runner = runner
+        self.planner: StepPlanner = getattr(runner, _PLANNER_ATTRIBUTE)
+        self.req_ids = runner.input_batch.req_ids[: runner.input_batch.num_reqs]
 
-def _routing(state: CachedRequestState, schedule: RoutingSchedule) -> RequestRouting | None:
-    if not state.mm_features:
-        return None
-    # Kept on the runner's own state, so that it lives exactly as long as the request.
-    if not hasattr(state, _STATE_ATTRIBUTE):
-        spans = VisualSpans.of(state.mm_features)
-        routing = RequestRouting.of(
-            spans, state.prompt_token_ids, schedule.ratios, schedule.encoder_ratio
+    def plan(
+        self, num_scheduled_tokens: dict[str, int], num_reqs: int, num_tokens: int
+    ) -> RoutedStep:
+
+        batch = self.runner.input_batch
+        tables = batch.block_table.block_tables
+        return self.planner.plan(
+            list(map(self.runner.requests.__getitem__, self.req_ids)),
+            self._routing,
+            batch.num_computed_tokens_cpu[: batch.num_reqs],
+            np.array([num_scheduled_tokens[r] for r in self.req_ids]),
+            [table.get_device_tensor(num_reqs) for table in tables],
+            num_reqs=num_reqs,
+            num_tokens=num_tokens,
+            positions_of=self._positions,
         )
-        setattr(state, _STATE_ATTRIBUTE, routing)
-    return getattr(state, _STATE_ATTRIBUTE)
+
+    def _routing(self, state: CachedRequestState) -> RequestRouting | None:
+        if not state.mm_features:
+            return None
+        # Kept on the runner's own state, so that it lives exactly as long as the request.
+        if not hasattr(state, _ROUTING_ATTRIBUTE):
+            routing = self.planner.request_routing(state.mm_features, state.prompt_token_ids)
+            setattr(state, _ROUTING_ATTRIBUTE, routing)
+        return getattr(state, _ROUTING_ATTRIBUTE)
+
+    def _positions(self, places: Places) -> torch.Tensor:
+        runner = self.runner
+        positions = places.position
+        if runner.uses_mrope:
+            positions = np.zeros((3, len(places)), dtype=np.int64)
+            for index in np.unique(places.request).tolist():
+                own = places.request == index
+                of_request = runner.requests[self.req_ids[index]].mrope_positions.numpy()
+                positions[:, own] = of_request[:, places.position[own]]
+        return to_device(positions, runner.device)

@@ -15,10 +15,15 @@ from vllm_reroute.vllm_seams.hook import Hook
 def _build_attention_metadata(
     original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    from vllm_reroute.runners.v1 import set_step_plan
+    from vllm_reroute.runners.v1 import planned_step
 
-    set_step_plan(self, kwargs.get("num_scheduled_tokens"))
-    return original(self, *args, **kwargs)
+    with planned_step(
+        self,
+        num_tokens=kwargs.get("num_tokens_padded") or kwargs["num_tokens"],
+        num_reqs=kwargs.get("num_reqs_padded") or kwargs["num_reqs"],
+        num_scheduled_tokens=kwargs.get("num_scheduled_tokens"),
+    ):
+        return original(self, *args, **kwargs)
 
 
 MODEL_RUNNER_V1 = Hook(

@@ -1,6 +1,19 @@
 """Options, published schedules, and the schedule resolved for one model."""
 
 from vllm_reroute.schedule.options import RerouteOptions
-from vllm_reroute.schedule.routing_schedule import CONFIG_KEY, RoutingSchedule, Stage, is_routed
+from vllm_reroute.schedule.routing_schedule import (
+    CONFIG_KEY,
+    SCHEDULE_KEY,
+    RoutingSchedule,
+    Stage,
+    is_routed,
+)
 
-__all__ = ["CONFIG_KEY", "RerouteOptions", "RoutingSchedule", "Stage", "is_routed"]
+__all__ = [
+    "CONFIG_KEY",
+    "SCHEDULE_KEY",
+    "RerouteOptions",
+    "RoutingSchedule",
+    "Stage",
+    "is_routed",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 CONFIG_KEY = "reroute"
-"""Key of the reroute options and of the resolved schedule in `VllmConfig.additional_config`."""
+"""Key of the options a user gave in `VllmConfig.additional_config`."""
+
+SCHEDULE_KEY = "reroute_schedule"
+"""Key of the schedule resolved from them, set by this package alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +89,20 @@ class RoutingSchedule:
         )
 
     @property
+    def boundary(self) -> int:
+        """The first decision layer: from its input on, tokens may be deferred."""
+        return self.layers[0]
+
+    @property
     def pieces(self) -> tuple[Stage, ...]:
         """The stages, cut once more where the input of a layer inside one is scored."""
         edges = {0, self.num_layers, *self.layers, *(d.scored_at or 0 for d in self.decisions)}
         return tuple(
-            Stage(first_layer=first, end_layer=end, keep_ratio=self.keep_ratio_of(first))
+            Stage(
+                first_layer=first,
+                end_layer=end,
+                keep_ratio=self.stages[self.stage_of(first)].keep_ratio,
+            )
             for first, end in itertools.pairwise(sorted(edges))
         )
 
@@ -122,34 +134,16 @@ class RoutingSchedule:
         """Whether deferred tokens may come back."""
         return self.action == "reroute"
 
-    @property
-    def ratios(self) -> tuple[float, ...]:
-        """Distinct keep ratios in order of first use; each is one KV cache group."""
-        return tuple(dict.fromkeys(stage.keep_ratio for stage in self.stages))
-
-    def keep_ratio_of(self, layer: int) -> float:
-        """Keep ratio of the stage that decoder layer `layer` belongs to."""
-        return next(s.keep_ratio for s in self.stages if s.first_layer <= layer < s.end_layer)
-
-    def layers_with(self, keep_ratio: float) -> list[int]:
-        """Decoder layers, ascending, that run with `keep_ratio`."""
-        return [
-            layer
-            for stage in self.stages
-            if stage.keep_ratio == keep_ratio
-            for layer in range(stage.first_layer, stage.end_layer)
-        ]
+    def stage_of(self, layer: int) -> int:
+        """Index of the stage that decoder layer `layer` belongs to; each is one KV cache group."""
+        return next(i for i, s in enumerate(self.stages) if s.first_layer <= layer < s.end_layer)
 
     def kept_per_stage(self, *image_sizes: int) -> list[int]:
         """Visual tokens that run in each stage, of a request with images of these sizes."""
+        sizes = image_sizes or (REFERENCE_VISUAL_TOKENS,)
         return [
-            self.num_kept(image_sizes or (REFERENCE_VISUAL_TOKENS,), stage.keep_ratio)
-            for stage in self.stages
+            num_kept_of_images(sizes, stage.keep_ratio, self.encoder_ratio) for stage in self.stages
         ]
-
-    def num_kept(self, image_sizes: Sequence[int], keep_ratio: float) -> int:
-        """Visual tokens of a request that run in the stages of `keep_ratio`."""
-        return num_kept_of_images(image_sizes, keep_ratio, self.encoder_ratio)
 
     def average(self, num_visual: int = REFERENCE_VISUAL_TOKENS) -> float:
         """True average of visual tokens per decoder layer for one request."""
@@ -182,10 +176,10 @@ class RoutingSchedule:
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> RoutingSchedule:
         """The schedule of a routed engine."""
-        return cls.from_dict(vllm_config.additional_config[CONFIG_KEY])
+        return cls.from_dict(vllm_config.additional_config[SCHEDULE_KEY])
 
 
 def is_routed(vllm_config: VllmConfig) -> bool:
     """Whether this engine routes visual tokens."""
     additional = vllm_config.additional_config
-    return isinstance(additional, dict) and additional.get(CONFIG_KEY) is not None
+    return isinstance(additional, dict) and additional.get(SCHEDULE_KEY) is not None

@@ -25,7 +25,6 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     num_prompt = len(request.prompt_token_ids or ())
     if RoutingSchedule.of(vllm_config).encoder_ratio is not None:
         _check_images_only(request)
-    _check_fits_one_step(num_prompt, vllm_config)
     if spans.end >= num_prompt:
         raise VLLMValidationError(
             "The prompt ends with an image. Visual-token routing scores images by the prompt's last "
@@ -58,17 +57,4 @@ def _check_images_only(request: EngineCoreRequest) -> None:
             "Videos are not available under --reroute-schedule nuwa: its first decision ranks the "
             "patches of single images. Send frames as images, or serve with another schedule.",
             parameter="video",
-        )
-
-
-def _check_fits_one_step(num_prompt: int, vllm_config: VllmConfig) -> None:
-    budget = vllm_config.scheduler_config.max_num_batched_tokens
-    if num_prompt > budget:
-        raise VLLMValidationError(
-            f"The prompt has {num_prompt} tokens with its images, but visual-token routing runs a "
-            f"prompt with images in one step of at most {budget} tokens "
-            f"(--max-num-batched-tokens). Send fewer or smaller images, or start the server with "
-            f"--max-num-batched-tokens {num_prompt} or more.",
-            parameter="prompt",
-            value=num_prompt,
         )

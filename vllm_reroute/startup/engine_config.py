@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 
 from vllm_reroute.families.deepstack import first_decision_layer
 from vllm_reroute.nuwa.requirements import check_encoder_options
-from vllm_reroute.schedule import CONFIG_KEY, RerouteOptions
+from vllm_reroute.schedule import CONFIG_KEY, SCHEDULE_KEY, RerouteOptions
 from vllm_reroute.startup.architecture import RoutedArchitecture
 from vllm_reroute.startup.input_processor import INPUT_PROCESSOR
 from vllm_reroute.startup.refusals import check_arguments, check_config
@@ -70,7 +70,8 @@ def configure_routing(vllm_config: VllmConfig, options: RerouteOptions) -> VllmC
         first_decision_layer(model_config.hf_config),
     )
     additional: dict[str, Any] = dict(vllm_config.additional_config)
-    additional[CONFIG_KEY] = schedule.to_dict()
+    additional[CONFIG_KEY] = options.to_mapping()
+    additional[SCHEDULE_KEY] = schedule.to_dict()
     vllm_config.additional_config = additional
     _choose_block_size(vllm_config)
     check_config(vllm_config)

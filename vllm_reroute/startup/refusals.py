@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_reroute.families.visual_tokens import fixed_visual_tokens
 from vllm_reroute.kv_cache.spec import PLAIN_CACHE_DTYPES
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ REFUSALS = (
     _unset("kv_transfer_config", "K/V of a stage is not addressed by prompt position"),
     _unset("kv_events_config", "K/V of a stage is not addressed by prompt position"),
     _unset("kv_offloading_size", "K/V of a stage is not addressed by prompt position"),
-    _unset("ec_transfer_config", "image prompts are scheduled whole"),
+    _unset("ec_transfer_config", "it has not been tested with routing"),
     _unset("enable_dbo", "a decision cannot be split over two micro-batches"),
     _only("ubatch_size", 0, "a decision cannot be split over micro-batches"),
     _unset("disable_hybrid_kv_cache_manager", "every keep ratio is a KV cache group of its own"),
@@ -88,14 +87,6 @@ REFUSALS = (
         accepts=lambda v: not v,
         why="it removes video tokens for good before the decoder, and keep ratios are shares of all",
         cure="Leave it out and let the schedule choose, with a lower tier if need be",
-    ),
-    _unset(
-        "long_prefill_token_threshold",
-        "a prompt with images runs in one step, whatever its length",
-    ),
-    _unset(
-        "max_num_scheduled_tokens",
-        "a prompt with images runs in one step of --max-num-batched-tokens",
     ),
     Refusal(
         option="quantization",
@@ -148,22 +139,4 @@ def check_config(vllm_config: VllmConfig) -> None:
             "vLLM has switched its hybrid KV cache manager off for this configuration, but every "
             "keep ratio is a KV cache group of its own. Remove the option that vLLM's log names "
             "for it, or serve without --reroute-schedule."
-        )
-    _check_image_fits_one_step(vllm_config)
-
-
-def _check_image_fits_one_step(vllm_config: VllmConfig) -> None:
-    """Where every image takes the same room, find out now. Else large ones are refused on arrival."""
-    budget = vllm_config.scheduler_config.max_num_batched_tokens
-    model_config = vllm_config.model_config
-    visual_tokens = fixed_visual_tokens(model_config.hf_config)
-    if visual_tokens is None or budget >= model_config.max_model_len:
-        return
-    needed = visual_tokens + 1
-    if needed > budget:
-        raise ValueError(
-            f"--max-num-batched-tokens {budget} is too small for visual-token routing: a prompt "
-            f"with images runs in one step, and an image of this model takes {visual_tokens} "
-            f"tokens. Allowed: more than {visual_tokens}, plus room for the text; {2 * needed} is a "
-            "good start."
         )

@@ -11,38 +11,40 @@ from torch import nn
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from vllm_reroute.attention.key_pages import read_keys, write_keys
 from vllm_reroute.routing.prompt_rows import PromptRows
 from vllm_reroute.to_device import to_device
 
 HeadReduction = Literal["mean", "max"]
 
 
-def last_prompt_row(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention of the last prompt token to each key, summed over heads (FastV, PDrop).
-
-    query: [heads, dim]; keys: [tokens, kv_heads, dim]. Returns [tokens], fp32; higher is kept.
-    """
-    num_kv_heads, dim = keys.shape[1:]
-    grouped = query.view(num_kv_heads, -1, dim).float()
-    logits = torch.bmm(grouped, keys.permute(1, 2, 0).float()) * scale
-    return logits.softmax(dim=-1).sum(dim=(0, 1))
-
-
-def last_prompt_rows(
-    queries: torch.Tensor, keys: torch.Tensor, scale: float, heads: HeadReduction
+def attention_rows(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    lens: torch.Tensor,
+    weights: torch.Tensor,
+    scale: float,
+    *,
+    heads: HeadReduction,
 ) -> torch.Tensor:
-    """Causal attention of the last prompt tokens to each key, mean over these tokens.
+    """Causal attention of the last prompt tokens to each key, their weighted mean.
 
-    queries: [n, heads, dim], of the last n prompt tokens in order; keys: [tokens, kv_heads, dim].
-    Returns [tokens], fp32, the sum or the maximum over this rank's heads; higher is kept.
+    queries: [requests, n, heads, dim], of the last n tokens in order; keys: [requests, width,
+    kv_heads, dim], of which `lens` [requests] are there. weights: [requests, n]. Returns
+    [requests, width], fp32, the sum or the maximum over this rank's heads; higher is kept, and 0
+    past a prompt's end.
     """
-    num_tokens, num_kv_heads, _ = keys.shape
-    grouped = queries.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).float()
-    logits = torch.einsum("kgnd,tkd->kgnt", grouped, keys.float()) * scale
-    last = num_tokens - len(queries)
-    causal = torch.ones(len(queries), num_tokens, dtype=torch.bool, device=keys.device).tril(last)
-    rows = logits.masked_fill(~causal, -torch.inf).softmax(dim=-1).mean(dim=2).flatten(0, 1)
-    return rows.amax(dim=0) if heads == "max" else rows.sum(dim=0)
+    count, n = queries.shape[:2]
+    width, num_kv_heads = keys.shape[1:3]
+    grouped = queries.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).float()
+    logits = torch.matmul(grouped.flatten(2, 3), keys.permute(0, 2, 3, 1).float()) * scale
+    logits = logits.view(count, num_kv_heads, -1, n, width)
+    # Query j of the last n sees the keys up to its own, the last query all of them.
+    seen = lens[:, None] - torch.arange(n, device=lens.device).flip(0)
+    hidden = torch.arange(width, device=lens.device) >= seen.clamp(min=1)[..., None]
+    logits = logits.masked_fill_(hidden[:, None, None], -torch.inf)
+    rows = (logits.softmax(dim=-1) * weights[:, None, None, :, None]).sum(dim=3).flatten(1, 2)
+    return rows.amax(dim=1) if heads == "max" else rows.sum(dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +85,10 @@ class LastTokenScorer:
     `ScoringRule`; never a map over queries.
     """
 
-    def __init__(self, layer: nn.Module, rule: ScoringRule = LAST_TOKEN) -> None:
+    def __init__(self, layer: nn.Module, rule: ScoringRule, most_rows: int) -> None:
+        """most_rows: rows whose keys are computed at a time."""
         self.rule = rule
+        self.most_rows = most_rows
         self.norm = layer.input_layernorm
         self.attention = layer.self_attn
         self.num_heads = get_tp_group().world_size * self.attention.num_heads
@@ -118,33 +122,65 @@ class LastTokenScorer:
         stream: [rows, hidden], the residual stream at the layer's input. positions: [rows] or
         [3, rows]. The same on every tensor-parallel rank.
         """
-        rule, scale = self.rule, self.attention.scaling
-        queries = self._queries_of(stream, positions, prompts)
-        if prompts.are_all_rows:
-            keys = self._keys(stream, positions)
-        else:
-            keys = self._keys(stream[prompts.rows], positions[..., prompts.rows])
-        scores = stream.new_zeros(len(prompts.lens), prompts.width, dtype=torch.float32)
-        for i, prompt_keys in enumerate(keys.split(prompts.lens)):
-            if rule == LAST_TOKEN:
-                row = last_prompt_row(queries[i][0], prompt_keys, scale)
-            else:
-                row = last_prompt_rows(queries[i], prompt_keys, scale, rule.heads)
-            scores[i, : prompts.lens[i]] = row
+        rule = self.rule
+        queries, weights = self._queries_of(stream, positions, prompts)
+        keys = self._key_table(stream, positions, prompts)
+        lens = to_device(np.array(prompts.lens, dtype=np.int64), stream.device)
+        scores = attention_rows(
+            queries, keys, lens, weights, self.attention.scaling, heads=rule.heads
+        )
         scores = alike_on_all_ranks(scores, rule.heads)
         return scores / self.num_heads if rule.heads == "mean" else scores
 
+    def _key_table(
+        self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
+    ) -> torch.Tensor:
+        """Keys [requests, width, kv_heads, dim] of all tokens present, cached ones included."""
+        if len(prompts.shared_rows):
+            rows = prompts.shared_rows
+            write_keys(
+                self.attention.attn, self._keys(stream[rows], positions[..., rows]), prompts.shared
+            )
+        keys = self._keys_of_rows(stream, positions, prompts)
+        count, width = len(prompts.lens), prompts.width
+        if count == 1 and not len(prompts.cached):
+            return keys.unsqueeze(0)
+        table = keys.new_zeros(count * width, *keys.shape[1:])
+        table[prompts.slots] = keys
+        if len(prompts.cached):
+            cached = read_keys(self.attention.attn, prompts.cached)
+            table[to_device(prompts.cached_slots, stream.device)] = cached.to(keys.dtype)
+        return table.unflatten(0, (count, width))
+
+    def _keys_of_rows(
+        self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
+    ) -> torch.Tensor:
+        """Keys of the prompts' rows, some rows after the others where they are very many."""
+        if prompts.are_all_rows and len(stream) <= self.most_rows:
+            return self._keys(stream, positions)
+        return torch.cat(
+            [
+                self._keys(stream[rows], positions[..., rows])
+                for rows in prompts.rows.split(self.most_rows)
+            ]
+        )
+
     def _queries_of(
         self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
-    ) -> tuple[torch.Tensor, ...]:
-        """Per request [n, heads, dim] of its last n prompt tokens, fewer for a shorter prompt."""
-        counts = [min(self.rule.num_queries, n) for n in prompts.lens]
-        rows = prompts.last
-        if self.rule.num_queries > 1:
-            back = np.concatenate([np.arange(n)[::-1] for n in counts]).astype(np.int64)
-            request = np.repeat(np.arange(len(counts)), counts)
-            rows = rows[to_device(request, rows.device)] - to_device(back, rows.device)
-        return self._queries(stream[rows], positions[..., rows]).split(counts)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [requests, n, heads, dim] of the prompts' last n tokens, and weights [requests, n].
+
+        The rows of a prompt shorter than n count from its first token; others weigh nothing.
+        """
+        n = self.rule.num_queries
+        own = np.array(prompts.lens) - np.array(prompts.num_cached)
+        back = np.arange(n)[::-1]
+        present = back < own[:, None]
+        shift = to_device(np.where(present, back, 0).astype(np.int64), stream.device)
+        rows = (prompts.last[:, None] - shift).flatten()
+        weights = (present / present.sum(axis=1, keepdims=True)).astype(np.float32)
+        queries = self._queries(stream[rows], positions[..., rows])
+        return queries.unflatten(0, (-1, n)), to_device(weights, stream.device)
 
     def _queries(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         attention = self.attention

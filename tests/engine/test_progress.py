@@ -1,0 +1,209 @@
+"""Prompts in chunks, from the prefix cache, and both: the answers are those of whole prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.engine.conftest import engine_args
+from tests.engine.host import EngineHost
+from tests.engine.oracle_answers import OracleAnswers
+from tests.engine.probes import free_blocks, generate, scheduler_of, stepwise
+from tests.engine.requests import (
+    LONG_TEXT,
+    MIXED,
+    ONE_IMAGE,
+    OTHER_IMAGE,
+    TEXT_ONLY,
+    TWO_IMAGES,
+    Ask,
+)
+from vllm_reroute.schedule import RerouteOptions
+
+BLOCK = 32
+OPTIONS: dict[str, Any] = {"layers": [1, 3, 6], "keep": [0.5, 0.1, 0.8]}
+REMOVE: dict[str, Any] = {"layers": [2, 5], "keep": [0.4, 0.2], "action": "remove"}
+SYSTEM = "SYSTEM: " + "First count what lies above, below and around each object. " * 5
+
+# One picture, more and more said about it; then another question, and the picture after another one.
+CHAT = (
+    Ask(f"{SYSTEM}USER: <image>\nWhat is shown? ASSISTANT:", (0,)),
+    Ask(
+        f"{SYSTEM}USER: <image>\nWhat is shown? ASSISTANT: A cup. USER: Its colour? ASSISTANT:",
+        (0,),
+    ),
+    Ask(
+        f"{SYSTEM}USER: <image>\nWhat is shown? ASSISTANT: A cup. USER: Its colour? ASSISTANT: Red, I "
+        "would say, like the plate below it. USER: And now compare it with <image> please. ASSISTANT:",
+        (0, 1),
+    ),
+    Ask(f"{SYSTEM}USER: <image>\nIs there a spoon, and where does it lie? ASSISTANT:", (0,)),
+    Ask(f"{SYSTEM}USER: <image> <image>\nWhich of both is older? ASSISTANT:", (0, 1)),
+    Ask(f"{SYSTEM}USER: <image>\nWhich season is it outside the window? ASSISTANT:", (1,)),
+    Ask(f"{SYSTEM}USER: Name a colour and an animal of that colour. ASSISTANT:"),
+)
+
+
+def small(models: Any, options: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """An engine with steps of few tokens and the prefix cache on."""
+    changes = {
+        "max_num_batched_tokens": 48,
+        "max_num_seqs": 16,
+        "enable_prefix_caching": True,
+        **changes,
+    }
+    return engine_args(models["grouped"], options, **changes)
+
+
+def check(oracles: OracleAnswers, options: dict[str, Any], asks: Any, answers: Any) -> None:
+    schedule = RerouteOptions.from_mapping(options).resolve(8)
+    for ask, answer in zip(asks, answers, strict=True):
+        oracles.check("grouped", schedule, ask, answer)
+
+
+def check_seen(oracles: OracleAnswers, options: dict[str, Any], asks: Any, seen: Any) -> None:
+    schedule = RerouteOptions.from_mapping(options).resolve(8)
+    for ask, tokens, prompt in zip(asks, seen["tokens"], seen["prompts"], strict=True):
+        expected = oracles.result("grouped", schedule, ask, prompt)
+        assert tokens == expected.token_ids
+        if ask.images:
+            assert seen["decisions"][len(prompt)] == expected.selected
+
+
+@pytest.mark.parametrize("options", [OPTIONS, REMOVE], ids=["reroute", "remove"])
+def test_prompts_longer_than_a_step_run_in_chunks(
+    host: EngineHost, models: Any, oracles: OracleAnswers, options: dict[str, Any]
+) -> None:
+    """Steps of 48 tokens, prompts of up to 290, decodes beside them; stages run in pieces."""
+    host.engine(**small(models, options))
+    before = host.call(free_blocks)
+    check(oracles, options, MIXED, host.call(generate, MIXED))
+    seen = host.call(stepwise, CHAT, every=1)
+    check_seen(oracles, options, CHAT, seen)
+    assert seen["free"] == before
+
+
+def test_chunks_without_a_prefix_cache(
+    host: EngineHost, models: Any, oracles: OracleAnswers
+) -> None:
+    host.engine(**small(models, OPTIONS, enable_prefix_caching=False))
+    answers = host.call(generate, CHAT)
+    check(oracles, OPTIONS, CHAT, answers)
+    assert all(answer.num_cached == 0 for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("options", "step"), [(OPTIONS, 600), (OPTIONS, 48), (REMOVE, 600)], ids=str
+)
+def test_what_is_cached_changes_no_answer(
+    host: EngineHost, models: Any, oracles: OracleAnswers, options: dict[str, Any], step: int
+) -> None:
+    """One after the other, each finds the common text, and the pictures where they come first."""
+    host.engine(**small(models, options, max_num_batched_tokens=step))
+    cached = []
+    for ask in CHAT:
+        (answer,) = host.call(generate, [ask])
+        check(oracles, options, [ask], [answer])
+        cached.append(answer.num_cached)
+    text = cached[-1]
+    assert cached[0] == 0 and text >= 2 * BLOCK
+    # Every later prompt with the first picture in front finds it; one with another picture does not.
+    assert all(n >= text + 2 * BLOCK for n in cached[1:5]) and cached[5] == text
+
+
+def test_prefixes_written_in_the_same_step_are_read(
+    host: EngineHost, models: Any, oracles: OracleAnswers
+) -> None:
+    """All at once, with a common text and common pictures: some read what others just write."""
+    host.engine(**small(models, OPTIONS, max_num_batched_tokens=1200))
+    answers = host.call(generate, CHAT)
+    check(oracles, OPTIONS, CHAT, answers)
+    assert sum(answer.num_cached for answer in answers) > 0
+
+
+def test_a_small_pool_evicts_and_preempts(
+    host: EngineHost, models: Any, oracles: OracleAnswers
+) -> None:
+    """Parts of cached prompts are gone, running requests lose theirs: answers stay."""
+    long = tuple(replace(ask, max_tokens=64) for ask in (*CHAT, LONG_TEXT, TEXT_ONLY))
+    block_bytes = BLOCK * 2 * 2 * 32 * 4
+    host.engine(
+        **small(models, OPTIONS, kv_cache_memory_bytes=260 * block_bytes, max_model_len=480)
+    )
+    before = host.call(free_blocks)
+    for every in (1, 3):
+        seen = host.call(stepwise, long, every=every)
+        assert seen["preempted"] >= 2
+        check_seen(oracles, OPTIONS, long, seen)
+        assert seen["free"] == before
+
+
+def reset_between(llm: Any, asks: Any) -> list[Any]:
+    """Answers with the prefix cache emptied before each request, then all again."""
+    answers = []
+    for ask in asks:
+        assert llm.reset_prefix_cache()
+        answers += generate(llm, [ask])
+    return answers + generate(llm, asks)
+
+
+def test_the_cache_can_be_reset(host: EngineHost, models: Any, oracles: OracleAnswers) -> None:
+    asks = CHAT[:3]
+    host.engine(**small(models, OPTIONS, max_num_batched_tokens=600))
+    answers = host.call(reset_between, asks)
+    check(oracles, OPTIONS, asks * 2, answers)
+    assert [answer.num_cached for answer in answers[:3]] == [0, 0, 0]
+
+
+def salted(llm: Any, ask: Ask, salts: list[str]) -> list[int]:
+    """Cached tokens of the same request under different cache salts."""
+    cached = []
+    for salt in salts:
+        prompt = {**ask.prompt(), "cache_salt": salt}
+        (output,) = llm.generate([prompt], ask.sampling_params(), use_tqdm=False)
+        cached.append(output.num_cached_tokens)
+    return cached
+
+
+def test_a_cache_salt_keeps_requests_apart(host: EngineHost, models: Any) -> None:
+    host.engine(**small(models, OPTIONS, max_num_batched_tokens=600))
+    first, other, again = host.call(salted, CHAT[0], ["one", "two", "one"])
+    assert first == other == 0 and again >= 4 * BLOCK
+
+
+def held_during_prefill(llm: Any, ask: Ask) -> list[int]:
+    """Parked pages held after each step of a request, until it has given its first tokens."""
+    engine = llm.llm_engine
+    engine.add_request("live", llm._preprocess_cmpl([ask.prompt()])[0], ask.sampling_params())
+    held = []
+    for _ in range(12):
+        engine.step()
+        pages = scheduler_of(llm).parked_pages
+        held.append(sum(len(blocks) for blocks in pages.req_to_blocks.values()))
+    (request,) = scheduler_of(llm).requests.values()
+    engine.abort_request([request.request_id], internal=True)
+    engine.step()
+    return held
+
+
+def test_parked_pages_are_held_until_the_decisions_only(host: EngineHost, models: Any) -> None:
+    """Whole prompts without a prefix cache need none at all."""
+    ask = replace(TWO_IMAGES, max_tokens=30)
+    host.engine(**small(models, OPTIONS, enable_prefix_caching=False))
+    in_chunks = host.call(held_during_prefill, ask)
+    assert in_chunks[0] > 0 and max(in_chunks) >= 4 and in_chunks[-1] == 0
+    host.engine(**small(models, OPTIONS, enable_prefix_caching=False, max_num_batched_tokens=600))
+    assert host.call(held_during_prefill, ask) == [0] * 12
+
+
+@pytest.mark.parametrize(
+    "limit", [{"long_prefill_token_threshold": 40}, {"max_num_scheduled_tokens": 40}], ids=str
+)
+def test_limits_of_a_step_are_honoured(
+    host: EngineHost, models: Any, oracles: OracleAnswers, limit: dict[str, int]
+) -> None:
+    asks = (ONE_IMAGE, TWO_IMAGES, TEXT_ONLY, LONG_TEXT, OTHER_IMAGE)
+    host.engine(**small(models, OPTIONS, max_num_batched_tokens=400, **limit))
+    check(oracles, OPTIONS, asks, host.call(generate, asks))

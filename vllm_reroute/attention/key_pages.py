@@ -1,0 +1,80 @@
+"""Keys of a layer, read back from its K/V pages."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_reroute.attention.layer import RoutedAttention
+from vllm_reroute.plan.step_plan import Places
+
+_DIGIT_VALUES = 128
+"""Values of one digit: exact in every floating type K/V may have."""
+
+
+def read_keys(layer: RoutedAttention, places: Places) -> torch.Tensor:
+    """Keys [n, kv_heads, dim] of n tokens, by their place in the K/V of the layer's stage."""
+    cache = layer.kv_cache
+    slots = layer.tables.slots_of(layer.place.stage, places, layer.place.index)[0]
+    size = cache.shape[2]
+    blocks, offsets = slots // size, slots % size
+    where = _key_places(layer)
+    if where is None:
+        return cache[blocks, :, offsets, : layer.head_size]
+    inside = cache.flatten(1) if cache.is_contiguous() else cache.reshape(len(cache), -1)
+    return inside[blocks[:, None, None], where[offsets]]
+
+
+def write_keys(layer: RoutedAttention, keys: torch.Tensor, places: Places) -> None:
+    """Put keys [n, kv_heads, dim] where the layer itself will write them later in the step.
+
+    The values beside them are no values: the layer overwrites both before it attends.
+    """
+    slots = layer.tables.slots_of(layer.place.stage, places, layer.place.index)[0]
+    layer.impl.do_kv_cache_update(layer, keys, keys.clone(), layer.kv_cache, slots)
+
+
+_FOUND: dict[tuple[object, ...], torch.Tensor | None] = {}
+"""Layouts seen so far, by what they depend on."""
+
+
+def _key_places(layer: RoutedAttention) -> torch.Tensor | None:
+    """[block_size, kv_heads, dim] int64: where each element of K is among those of a block.
+
+    None where K is simply the first half of a token's values, as on GPUs.
+    """
+    cache = layer.kv_cache
+    layout = (
+        type(layer.impl),
+        cache.shape[1:],
+        cache.dtype,
+        cache.device,
+        getattr(layer, "isa", None),
+    )
+    if layout not in _FOUND:
+        _FOUND[layout] = _found_places(layer)
+    return _FOUND[layout]
+
+
+def _found_places(layer: RoutedAttention) -> torch.Tensor | None:
+    """Found by letting the backend write known numbers into a block of its own, digit by digit."""
+    shape, dtype = tuple(layer.kv_cache.shape[1:]), layer.kv_cache.dtype
+    heads, size, values = shape
+    dim = values // 2
+    device = layer.kv_cache.device
+    total = size * heads * dim
+    numbers = torch.arange(1, total + 1, device=device)
+    slots = torch.arange(size, 2 * size, device=device)
+    found = torch.zeros(heads * size * values, dtype=torch.int64, device=device)
+    scale = 1
+    while scale <= total:
+        scratch = torch.zeros(2, *shape, dtype=dtype, device=device)
+        digits = (numbers // scale % _DIGIT_VALUES).view(size, heads, dim).to(dtype)
+        layer.impl.do_kv_cache_update(layer, digits, torch.full_like(digits, -1), scratch, slots)
+        found += scratch[1].flatten().clamp(min=0).long() * scale
+        scale *= _DIGIT_VALUES
+    order = found.sort(stable=True).indices[-total:]
+    assert torch.equal(found[order], numbers), "the backend's K layout is not a permutation"
+    where = order.view(size, heads, dim)
+    plain = torch.arange(heads * size * values, device=device).view(heads, size, values)
+    plain = plain[..., :dim].transpose(0, 1)
+    return None if torch.equal(where, plain) else where

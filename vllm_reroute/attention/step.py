@@ -1,0 +1,34 @@
+"""What a runner hands to the metadata builders in a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_reroute.plan.step_plan import StepPlan
+
+
+@dataclass(frozen=True)
+class RoutedStep:
+    """One step of a routed model; `StepTables` have been filled for it.
+
+    plan: None in a dummy run, which routes nothing and writes nowhere. fetched_positions: [n] or
+    [3, n] int64, rope positions of the tokens the plan fetches; None where it fetches none.
+    """
+
+    plan: StepPlan | None
+    fetched_positions: torch.Tensor | None = None
+
+
+DUMMY_STEP = RoutedStep(None)
+
+
+def real_step(step: RoutedStep | None) -> RoutedStep:
+    """Raises RuntimeError for a step nobody has planned: its metadata would be that of stock vLLM."""
+    if step is None:
+        raise RuntimeError(
+            "Attention metadata of a routed model was asked for without a plan of the step. The model "
+            "runner in use is not known to vllm_reroute; serve without --reroute-schedule."
+        )
+    return step

@@ -1,0 +1,44 @@
+"""The one rule by which the layers of a K/V group share a block table.
+
+A block holds `block_size` tokens of ONE layer. Entry i * num_layers + j of the group's table is
+block i of its layer j. So groups of any size share one pool without padding layers, with one table
+a group, and the blocks of the same tokens are next to each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+LayerBlocks = tuple[Any, ...]
+"""The blocks that hold the same tokens, one per layer of a group."""
+
+_LAYER_ID_SHIFT = 16
+
+
+def flat(blocks: Iterable[LayerBlocks]) -> list[Any]:
+    """Table entries of blocks given token by token."""
+    return [block for layers in blocks for block in layers]
+
+
+def by_tokens(entries: Sequence[Any], num_layers: int) -> list[LayerBlocks]:
+    """The inverse of `flat`."""
+    return [tuple(entries[i : i + num_layers]) for i in range(0, len(entries), num_layers)]
+
+
+def of_layer(entries: Sequence[Any], layer: int, num_layers: int) -> Sequence[Any]:
+    """Blocks of one layer of the group, in the order of their tokens."""
+    return entries[layer::num_layers]
+
+
+def columns(num_layers: int, num_blocks: int) -> np.ndarray:
+    """[num_layers, num_blocks] int64: table columns of each layer's first blocks."""
+    layers, blocks = np.arange(num_layers), np.arange(num_blocks)
+    return blocks[None, :] * num_layers + layers[:, None]
+
+
+def cache_ids(group_id: int, num_layers: int) -> list[int]:
+    """Prefix-cache group ids of a group's layers: no two layers of an engine share one."""
+    return [group_id + (layer << _LAYER_ID_SHIFT) for layer in range(num_layers)]

@@ -1,0 +1,94 @@
+"""Block accounting of a group whose layers share one block table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.request import Request
+
+from vllm_reroute.kv_cache import interleaving
+from vllm_reroute.kv_cache.interleaving import LayerBlocks
+from vllm_reroute.kv_cache.live_routing import LiveRouting
+from vllm_reroute.kv_cache.spec import LayeredSpec
+
+
+class LayeredManager(FullAttentionManager):
+    """What stage groups and parked pages have in common.
+
+    Cached prefixes are passed around as lists of `LayerBlocks`, one entry per `block_size` tokens,
+    as the coordinator expects; a request's own blocks are table entries.
+    """
+
+    supports_fine_grained_hash_lookup = False
+
+    live: LiveRouting
+    """Set by the scheduler once it exists."""
+
+    def __init__(self, kv_cache_spec: LayeredSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.num_layers = kv_cache_spec.num_layers
+        self.cache_ids = interleaving.cache_ids(self.kv_cache_group_id, self.num_layers)
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[LayerBlocks], *args: Any
+    ) -> None:
+        super().add_local_computed_blocks(request_id, interleaving.flat(new_computed_blocks), *args)
+        self.num_cached_block[request_id] = len(new_computed_blocks)
+
+    def pop_layer_blocks(self, request_id: str) -> list[LayerBlocks]:
+        """Forget the request; its blocks are the caller's to free."""
+        return interleaving.by_tokens(self.pop_blocks_for_free(request_id), self.num_layers)
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """Always 0: cascade attention would need equal slots in every request."""
+        return 0
+
+    def offer(self, request: Request, num_tokens: int) -> None:
+        """Offer the full blocks of the request's first `num_tokens` tokens for reuse."""
+        blocks = self.req_to_blocks.get(request.request_id) or []
+        cached = self.num_cached_block.get(request.request_id, 0)
+        full = min(num_tokens // self.block_size, len(blocks) // self.num_layers)
+        if cached >= full:
+            return
+        for layer, cache_id in enumerate(self.cache_ids):
+            self.block_pool.cache_full_blocks(
+                request=request,
+                blocks=interleaving.of_layer(blocks, layer, self.num_layers),
+                num_cached_blocks=cached,
+                num_full_blocks=full,
+                block_size=self.block_size,
+                kv_cache_group_id=cache_id,
+            )
+        self.num_cached_block[request.request_id] = full
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: KVCacheSpec,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[LayerBlocks], ...], int]:
+        """Longest prefix cached in every layer of the group, as `LayerBlocks` per group."""
+        assert isinstance(kv_cache_spec, LayeredSpec)
+        layers = kv_cache_spec.num_layers
+        ids = [i for group in kv_cache_group_ids for i in interleaving.cache_ids(group, layers)]
+        by_layer, length = super().find_longest_cache_hit(
+            block_hashes, max_length, ids, block_pool, kv_cache_spec, *args, **kwargs
+        )
+        groups = (by_layer[i : i + layers] for i in range(0, len(by_layer), layers))
+        return tuple(list(zip(*of_group, strict=True)) for of_group in groups), length
+
+    def cached_blocks(self, block_hash: Any) -> LayerBlocks | None:
+        """The blocks of all layers that hold the tokens of `block_hash`, None if one is missing."""
+        found: list[KVCacheBlock] | None = self.block_pool.get_cached_block(
+            block_hash, self.cache_ids
+        )
+        return tuple(found) if found else None

@@ -1,0 +1,54 @@
+"""The routing facts of the scheduler's live requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
+
+from vllm.v1.request import Request
+
+from vllm_reroute.plan.request_routing import RequestRouting
+from vllm_reroute.plan.visual_spans import VisualSpans
+from vllm_reroute.schedule import RoutingSchedule
+
+
+class LiveRouting:
+    """Derives `RequestRouting` once per request; it goes when the request goes.
+
+    requests: the scheduler's own mapping of live requests by id. block_size: tokens per K/V block.
+    offers_parked: whether prefix caching is on. max_step_tokens: tokens a step may hold.
+    """
+
+    def __init__(
+        self,
+        requests: Mapping[str, Request],
+        schedule: RoutingSchedule,
+        *,
+        block_size: int,
+        offers_parked: bool,
+        max_step_tokens: int,
+    ) -> None:
+        self.requests = requests
+        self.schedule = schedule
+        self.block_size = block_size
+        self.offers_parked = offers_parked
+        self.max_step_tokens = max_step_tokens
+        self._routings: WeakKeyDictionary[Request, RequestRouting | None] = WeakKeyDictionary()
+
+    def of(self, request: Request) -> RequestRouting | None:
+        """None for a request without visual tokens."""
+        if not request.mm_features:
+            return None
+        if request not in self._routings:
+            self._routings[request] = RequestRouting.of(
+                VisualSpans.of(request.mm_features),
+                request.prompt_token_ids,
+                self.schedule,
+                self.block_size,
+            )
+        return self._routings[request]
+
+    def of_id(self, request_id: str) -> RequestRouting | None:
+        """The same by id; None for a request that is gone, too."""
+        request = self.requests.get(request_id)
+        return None if request is None else self.of(request)

@@ -1,0 +1,67 @@
+"""What of an image prompt is in the prefix cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.request import Request
+
+from vllm_reroute.kv_cache.live_routing import LiveRouting
+from vllm_reroute.kv_cache.parked_manager import ParkedManager
+from vllm_reroute.kv_cache.stage_manager import StageManager
+from vllm_reroute.plan.request_routing import RequestRouting
+
+
+class PrefixHits:
+    """Stands in for `KVCacheManager.get_computed_blocks`, whose coordinator never sees the request.
+
+    The text prefix is a hit where every stage has it. Behind it only what does not depend on the
+    question is cached: K/V of the stages before the first decision, and the states parked at its
+    input. Both are needed to go on from there, and neither may be missing. So stages hold hits of
+    two lengths. The prompt's last token is never a hit: the step that runs it takes the decisions.
+    """
+
+    def __init__(self, manager: KVCacheManager, live: LiveRouting) -> None:
+        self.manager = manager
+        self.live = live
+        managers = manager.coordinator.single_type_managers
+        self._parked = next(m for m in managers if isinstance(m, ParkedManager))
+        self._reusable = [self._parked, *self._before_decisions(managers)]
+        self._stock = manager.get_computed_blocks
+
+    def _before_decisions(self, managers: Any) -> list[StageManager]:
+        dense_stages = int(self.live.schedule.encoder_ratio is None)
+        stages = [m for m in managers if isinstance(m, StageManager)]
+        return [m for m in stages if m.stage < dense_stages]
+
+    def get_computed_blocks(self, request: Request) -> tuple[Any, int, int]:
+        """As in vLLM: blocks per group, tokens they hold, and 0 (no sparse group lags behind)."""
+        routing = self.live.of(request)
+        if routing is None or not self.manager.prefix_cache_lookup_enabled(request):
+            return self._stock(request)
+        found, hit, _ = self.manager.coordinator.find_longest_cache_hit(
+            request.block_hashes, routing.text_prefix
+        )
+        blocks = [list(of_group) for of_group in found]
+        if hit == routing.text_prefix:
+            hit = self._extend(request, routing, blocks)
+        return self.manager.create_kv_cache_blocks(tuple(blocks)), hit, 0
+
+    def _extend(self, request: Request, routing: RequestRouting, blocks: list[list[Any]]) -> int:
+        """Add the cached blocks behind the text prefix; return the tokens of the whole hit."""
+        size, parked = self.live.block_size, self._parked
+        null_page = (self.manager.block_pool.null_block,) * parked.num_layers
+        begin = routing.text_prefix // size
+        limit = (min(request.num_tokens, routing.num_prompt) - 1) // size
+        pages: list[Any] = []
+        for block_hash in request.block_hashes[begin:limit]:
+            found = [m.cached_blocks(block_hash) for m in self._reusable]
+            if not all(found):
+                break
+            pages.append(found[0])
+            for manager, own in zip(self._reusable[1:], found[1:], strict=True):
+                blocks[manager.kv_cache_group_id].append(own)
+        if pages:
+            blocks[parked.kv_cache_group_id] = [null_page] * begin + pages
+        return (begin + len(pages)) * size
