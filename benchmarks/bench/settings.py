@@ -21,6 +21,10 @@ WIDE = replace(
     vision_hidden_size=256,
     vision_heads=4,
 )
+# Between both: wide enough for arithmetic to show, with room for prompts of many pictures.
+MIDDLE = replace(
+    DEMO, hidden_size=512, heads=8, kv_heads=8, intermediate_size=1376, max_positions=16384
+)
 NARROW = replace(DEMO, max_positions=8192)
 TRIAL = replace(SHAPES["tiny-64-visual"], max_positions=4096)
 
@@ -29,7 +33,8 @@ TRIAL = replace(SHAPES["tiny-64-visual"], max_positions=4096)
 class Sizes:
     """What is asked of the engines.
 
-    wide, narrow: models. tiers: averages the prefill part covers; nuwa_tier: the one it has Nüwa at.
+    wide, middle, narrow: models. long_images: pictures of a prompt longer than a step. tiers:
+    averages the prefill part covers; nuwa_tier: the one it has Nüwa at.
     shallow_depth: of the stock engine that tells fixed from per-layer time. compiled_depth: of the
     engines that are compiled, since stock's one graph of 32 layers takes minutes. groups: KV groups.
     levels: requests under way at once; requests_per_level: requests of a run, as a multiple of them.
@@ -37,6 +42,7 @@ class Sizes:
     """
 
     wide: LlavaShape
+    middle: LlavaShape
     narrow: LlavaShape
     tiers: tuple[int, ...]
     nuwa_tier: int
@@ -55,10 +61,12 @@ class Sizes:
     batches: tuple[int, ...]
     depths: tuple[float, ...]
     reference_requests: int
+    long_images: int
 
 
 FULL = Sizes(
     wide=WIDE,
+    middle=MIDDLE,
     narrow=NARROW,
     tiers=(192, 64, 128),
     nuwa_tier=128,
@@ -77,10 +85,12 @@ FULL = Sizes(
     batches=(1, 2, 8),
     depths=(0.25, 0.5, 1.0),
     reference_requests=2,
+    long_images=14,
 )
 QUICK = replace(
     FULL,
     wide=TRIAL,
+    middle=TRIAL,
     narrow=TRIAL,
     tiers=(192,),
     nuwa_tier=192,
@@ -97,6 +107,7 @@ QUICK = replace(
     # The published schedules need seven layers.
     depths=(1.0,),
     reference_requests=2,
+    long_images=40,
 )
 
 
@@ -104,7 +115,7 @@ QUICK = replace(
 class Settings:
     """One run of the suite.
 
-    model: a checkpoint in LLaVA-1.5's format that takes the place of both seeded ones. at_once:
+    model: a checkpoint in LLaVA-1.5's format that takes the place of the seeded ones. at_once:
     engines that live side by side. folder: results, models' logs.
     """
 
@@ -123,6 +134,9 @@ class Settings:
 
     def wide(self) -> "BenchModel":
         return self._model("wide", self.sizes.wide)
+
+    def reuse(self) -> "BenchModel":
+        return self._model("middle", self.sizes.middle)
 
     def narrow(self) -> "BenchModel":
         return self._model("narrow", self.sizes.narrow)

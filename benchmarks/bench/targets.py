@@ -36,6 +36,17 @@ TEXT_ONLY = 0.99
 # Requests per second, routed over dense, at every concurrency.
 SERVING = 1.0
 CAPACITY = 0.95
+# Times to first token over stock's with its prefix cache, by traffic and engine.
+REUSE = {
+    ("chat", "pdrop reroute 192"): 1.75,
+    ("chat", "pdrop reroute 64"): 1.05,
+    ("system", "pdrop reroute 192"): 0.45,
+    ("system", "pdrop reroute 64"): 0.30,
+    ("again", "pdrop reroute 192"): 6.0,
+    ("again", "pdrop reroute 64"): 2.6,
+}
+# Between two tokens of requests that decode beside a prompt longer than a step, over stock.
+BESIDE_LONG_PROMPT = 1.0
 # Compiled routed engine's speed over the eager one's.
 COMPILED_OVER_EAGER = 1.0
 

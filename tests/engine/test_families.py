@@ -13,7 +13,7 @@ from tests.engine.conftest import engine_args
 from tests.engine.family_requests import FamilyAsk, processor
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
-from tests.engine.probes import generate, kv_lens, stepwise
+from tests.engine.probes import generate, generate_one_by_one, kv_lens, stepwise
 from vllm_reroute.schedule import RerouteOptions
 
 DEPTH = 8
@@ -88,6 +88,22 @@ def test_removing_family_agrees_with_oracle(
     for ask, lens in zip(asks, v1.call(kv_lens, asks), strict=True):
         prompt = ask.inputs(processor(folders[family]))["input_ids"][0].tolist()
         assert lens == oracles.result(family, schedule, ask, prompt).kv_lens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_in_chunks_and_from_the_cache_agrees_with_oracle(
+    host: EngineHost, folders: dict[str, Path], oracles: OracleAnswers, family: str
+) -> None:
+    """Steps of 96 tokens, together; then one by one, each finding its own prompt of before."""
+    schedule = RerouteOptions.from_mapping(REROUTE).resolve(DEPTH)
+    steps = {"max_num_batched_tokens": 96, "max_num_seqs": 16, "enable_prefix_caching": True}
+    host.engine(**family_engine(folders[family], REROUTE, **steps))
+    asks = requests(family, folders[family])
+    for ask, answer in zip(asks, host.call(generate, asks), strict=True):
+        oracles.check(family, schedule, ask, answer)
+    for ask, answer in zip(asks, host.call(generate_one_by_one, asks), strict=True):
+        oracles.check(family, schedule, ask, answer)
+        assert answer.num_cached >= 32 or len(answer.prompt_token_ids) <= 64
 
 
 def test_compiled_deepstack_agrees_with_oracle(

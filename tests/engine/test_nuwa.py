@@ -127,6 +127,26 @@ def test_a_mixed_batch_answers_as_the_oracle_and_as_each_request_alone(
     assert host.call(free_blocks) == before
 
 
+@pytest.mark.parametrize("model", [LLAVA, QWEN])
+@pytest.mark.parametrize("options", [KINDS[0], KINDS[3]], ids=label)
+def test_chunks_and_cached_embeddings_change_no_answer(
+    host: EngineHost,
+    folders: dict[str, Path],
+    oracles: OracleAnswers,
+    model: str,
+    options: dict[str, Any],
+) -> None:
+    """Embeddings wait in pages with what the vision encoder decided about them."""
+    steps = {"max_num_batched_tokens": 48, "max_num_seqs": 16, "enable_prefix_caching": True}
+    host.engine(**engine_args(folders[model], options, **steps))
+    asks = requests(model, folders[model])
+    for ask, answer in zip(asks, host.call(generate, asks), strict=True):
+        oracles.check(model, schedule_of(options), ask, answer)
+    for ask, answer in zip(asks, host.call(generate_one_by_one, asks), strict=True):
+        oracles.check(model, schedule_of(options), ask, answer)
+        assert answer.num_cached >= 32 or len(answer.prompt_token_ids) <= 64
+
+
 def encoded_images(llm: Any, ask: Any, times: int) -> tuple[list[Any], int]:
     """The same request several times, one after the other: answers, and images encoded."""
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker

@@ -14,6 +14,7 @@ from vllm_reroute.kv_cache.layered_manager import LayeredManager
 from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.parked_manager import ParkedManager
 from vllm_reroute.kv_cache.prefix_hits import PrefixHits
+from vllm_reroute.kv_cache.settled_requests import SettledRequests
 from vllm_reroute.logger import reroute_logger
 from vllm_reroute.report import engine_report
 from vllm_reroute.schedule import RoutingSchedule
@@ -48,6 +49,8 @@ class RoutedSchedulerMixin:
         )
         hits = PrefixHits(self.kv_cache_manager, self.live)
         self.kv_cache_manager.get_computed_blocks = hits.get_computed_blocks
+        self.settled = SettledRequests(self.kv_cache_manager, self.live)
+        self.kv_cache_manager.allocate_slots = self.settled.allocate_slots
         self._deciding = 0, 0
         logger.info("%s", engine_report(self.vllm_config, self.kv_cache_config))
 
@@ -61,11 +64,25 @@ class RoutedSchedulerMixin:
         return output
 
     def _try_schedule_encoder_inputs(
-        self, request: Request, num_computed_tokens: int, *args: Any, **kwargs: Any
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[list[int], int, int, list[int], list[int]]:
         """As the base; a prompt whose decisions do not fit this step stops before its last token."""
+        if num_computed_tokens >= request.num_prompt_tokens:
+            # All images are behind: nothing to look up in a decode step.
+            return [], num_new_tokens, encoder_compute_budget, [], []
         inputs, num_new_tokens, *rest = super()._try_schedule_encoder_inputs(
-            request, num_computed_tokens, *args, **kwargs
+            request,
+            num_computed_tokens,
+            num_new_tokens,
+            encoder_compute_budget,
+            *args,
+            **kwargs,
         )
         if self._hold_back(request, num_computed_tokens, num_new_tokens):
             num_new_tokens = request.num_prompt_tokens - 1 - num_computed_tokens
@@ -93,6 +110,7 @@ class RoutedSchedulerMixin:
         So an eviction shortens a cached prefix by as many tokens as stock vLLM's would. Group
         after group, the first group alone would pay for it, and a hit needs every layer.
         """
+        self.settled.forget(request)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         of_groups = [manager.pop_layer_blocks(request.request_id) for manager in managers]
         of_tokens = zip_longest(*of_groups, fillvalue=())

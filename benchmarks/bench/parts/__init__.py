@@ -10,10 +10,11 @@ draw(found, folder): its plots.
 
 from types import ModuleType
 
-from benchmarks.bench.parts import capacity, machinery, prefill, reference, scaling, serving
+from benchmarks.bench.parts import capacity, machinery, prefill, reference, reuse, scaling, serving
 
 PARTS: dict[str, ModuleType] = {
     "prefill": prefill,
+    "reuse": reuse,
     "machinery": machinery,
     "serving": serving,
     "capacity": capacity,

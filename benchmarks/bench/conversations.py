@@ -1,0 +1,172 @@
+"""Traffic in which prompts begin alike, inside an engine's process; see `worker.py`."""
+
+import itertools
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.bench.driving import QUESTION
+
+_numbers = itertools.count()
+# Each of these is one token of the local tokenizer, so lengths are what they say.
+_WORDS = ("lamp", "door", "count", "above", "below", "inside", "picture", "red", "place")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What is asked, one request after the other.
+
+    system: words of text before everything. turns: of the conversation about one picture, answered
+    with `answer_tokens` each. pictures: new ones, each behind the system text, after one more that
+    brings that text into the cache. questions: about one picture, after a first one.
+    """
+
+    kind: str
+    system: int = 0
+    turns: int = 1
+    pictures: int = 0
+    questions: int = 0
+    answer_tokens: int = 32
+
+
+CHAT = Traffic(kind="chat", turns=5)
+SYSTEM = Traffic(kind="system", system=800, pictures=3)
+AGAIN = Traffic(kind="again", questions=4)
+TRAFFIC = (CHAT, SYSTEM, AGAIN)
+
+
+def converse(state: dict, traffic: Traffic, seed: int) -> dict:
+    """Runs the traffic from an empty cache.
+
+    first_token_s: sum of the times to first token of the requests that count. cached: tokens they
+    read from the cache; prompt_tokens: of all of them. seed: other pictures and words every time.
+    """
+    llm = state["llm"]
+    assert llm.reset_prefix_cache(), "no request is running"
+    rng = random.Random(seed)
+    run = _RUNS[traffic.kind]
+    counted = run(llm, traffic, rng)
+    return {
+        "first_token_s": sum(one["first_token_s"] for one in counted),
+        "each_s": [one["first_token_s"] for one in counted],
+        "cached": sum(one["cached"] for one in counted),
+        "prompt_tokens": sum(one["prompt_tokens"] for one in counted),
+    }
+
+
+def _chat(llm: Any, traffic: Traffic, rng: random.Random) -> list[dict]:
+    """Every turn is the conversation so far, answer tokens and all, and a new question."""
+    picture, tokens, counted = noise(rng), [], []
+    for turn in range(traffic.turns):
+        words = ("<image>\n" if turn == 0 else "") + sentence(rng, 12 if turn else 40)
+        tokens += _tokenized(llm, f"USER: {words} ASSISTANT:")
+        one = _ask(llm, tokens, [picture], traffic.answer_tokens)
+        tokens = tokens + one["answer"]
+        counted.append(one)
+    return counted
+
+
+def _system(llm: Any, traffic: Traffic, rng: random.Random) -> list[dict]:
+    text = f"SYSTEM: {sentence(rng, traffic.system)} USER: <image>\n"
+    counted = []
+    for _ in range(1 + traffic.pictures):
+        tokens = _tokenized(llm, f"{text}{sentence(rng, 40)} ASSISTANT:")
+        counted.append(_ask(llm, tokens, [noise(rng)], 1))
+    return counted[1:]
+
+
+def _again(llm: Any, traffic: Traffic, rng: random.Random) -> list[dict]:
+    picture, counted = noise(rng), []
+    for _ in range(1 + traffic.questions):
+        tokens = _tokenized(llm, f"USER: <image>\n{sentence(rng, 40)} ASSISTANT:")
+        counted.append(_ask(llm, tokens, [picture], 1))
+    return counted[1:]
+
+
+_RUNS = {"chat": _chat, "system": _system, "again": _again}
+
+
+def beside_long_prompt(state: dict, images: int, others: int, seed: int) -> dict:
+    """A prompt of many pictures arrives while others decode.
+
+    steps_s: every step of the others from its arrival to its first token, which is what lies between
+    two of their tokens. first_token_s: of the long prompt.
+    """
+    llm = state["llm"]
+    engine = llm.llm_engine
+    assert llm.reset_prefix_cache(), "no request is running"
+    rng = random.Random(seed)
+    for _ in range(others):
+        tokens = _tokenized(llm, f"USER: <image>\n{sentence(rng, 40)} ASSISTANT:")
+        _add(llm, tokens, [noise(rng)], 400)
+    seen: set[str] = set()
+    while len(seen) < others:
+        seen |= {output.request_id for output in engine.step()}
+    tokens = _tokenized(llm, "USER: " + "<image>\n" * images + f"{sentence(rng, 40)} ASSISTANT:")
+    pictures = [noise(rng) for _ in range(images)]
+    started = time.perf_counter()
+    name = _add(llm, tokens, pictures, 1)
+    stamps, ids = [time.perf_counter()], []
+    while name not in (request.split("-")[0] for request in ids):
+        ids = [output.request_id for output in engine.step()]
+        stamps.append(time.perf_counter())
+    engine.abort_request([r.request_id for r in _scheduler(llm).requests.values()], internal=True)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {
+        "first_token_s": stamps[-1] - started,
+        "steps_s": [after - before for before, after in itertools.pairwise(stamps)],
+    }
+
+
+def sentence(rng: random.Random, words: int) -> str:
+    """Text of about that many tokens."""
+    return QUESTION + " ".join(rng.choice(_WORDS) for _ in range(max(0, words - 12)))
+
+
+def noise(rng: random.Random) -> Any:
+    """A picture nobody has seen."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (336, 336, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _tokenized(llm: Any, text: str) -> list[int]:
+    return list(llm.get_tokenizer()(text, add_special_tokens=False)["input_ids"])
+
+
+def _ask(llm: Any, tokens: Sequence[int], pictures: list[Any], answer_tokens: int) -> dict:
+    """One request alone: time from before its pictures are processed to its first token."""
+    engine = llm.llm_engine
+    started = time.perf_counter()
+    _add(llm, tokens, pictures, answer_tokens)
+    stamps, outputs = [], []
+    while engine.has_unfinished_requests():
+        outputs = engine.step() or outputs
+        if outputs:
+            stamps.append(time.perf_counter())
+    (output,) = outputs
+    return {
+        "first_token_s": stamps[0] - started,
+        "cached": output.num_cached_tokens or 0,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "answer": list(output.outputs[0].token_ids),
+    }
+
+
+def _add(llm: Any, tokens: Sequence[int], pictures: list[Any], answer_tokens: int) -> str:
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": list(tokens), "multi_modal_data": {"image": pictures}}
+    params = SamplingParams(temperature=0, max_tokens=answer_tokens, ignore_eos=True)
+    name = f"traffic{next(_numbers)}"
+    llm.llm_engine.add_request(name, llm._preprocess_cmpl([prompt])[0], params)
+    return name
+
+
+def _scheduler(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
