@@ -6,7 +6,7 @@ layers see other states.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,7 +25,8 @@ class Looks:
     """All samples. sizes: visual tokens of each, int [samples].
 
     ranking: attention, which decisions rank by; worth: what is lost with a token. Both
-    [samples, layers, most visual tokens]; beyond a sample's tokens ranking is -1 and worth 0.
+    [samples, layers, most visual tokens]; beyond a sample's tokens ranking is -1 and worth 0, and so
+    it is in layers that are dense in any schedule: nothing can be lost there.
     """
 
     ranking: np.ndarray
@@ -33,14 +34,19 @@ class Looks:
     sizes: np.ndarray
 
     @classmethod
-    def of(cls, rows: Sequence[dict[str, np.ndarray]], objective: str) -> Looks:
-        """rows: "attention" and "contribution", [layers, visual tokens], of every sample."""
+    def of(
+        cls, rows: Sequence[Mapping[str, np.ndarray]], objective: str, first_layer: int
+    ) -> Looks:
+        """rows: "attention" and "contribution", [layers, visual tokens], of every sample.
+
+        first_layer: the lowest decision layer the model allows.
+        """
         sizes = np.array([each["attention"].shape[1] for each in rows])
         shape = (len(rows), len(rows[0]["attention"]), int(sizes.max()))
         ranking, worth = np.full(shape, -1.0, np.float32), np.zeros(shape, np.float32)
         for i, (each, size) in enumerate(zip(rows, sizes, strict=True)):
             ranking[i, :, :size] = each["attention"]
-            worth[i, :, :size] = _worth(each, objective)
+            worth[i, first_layer:, :size] = _worth(each, objective)[first_layer:]
         return cls(ranking=ranking, worth=worth, sizes=sizes)
 
     @property
@@ -88,7 +94,7 @@ class Looks:
         return np.take_along_axis(summed, counts[:, None] - 1, axis=2)
 
 
-def _worth(rows: dict[str, np.ndarray], objective: str) -> np.ndarray:
+def _worth(rows: Mapping[str, np.ndarray], objective: str) -> np.ndarray:
     if objective == "squared":
         return rows["attention"] ** 2
     return rows[objective]
