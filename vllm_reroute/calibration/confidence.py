@@ -87,7 +87,7 @@ def recurrence(
 ) -> dict[int, float]:
     """Of each decision layer, how often samples drawn anew decide there or one layer beside it."""
     rng = np.random.default_rng(SEED)
-    found = {layer: 0 for layer in chosen.layers}
+    found = dict.fromkeys(chosen.layers, 0)
     for _ in range(RESOLVES):
         drawn = looks.some(rng.integers(len(looks.sizes), size=len(looks.sizes)))
         layers = choose(drawn, wish, quick=True).layers

@@ -108,7 +108,9 @@ class CalibratedSchedule:
     def check_model(self, path: Path, served: ModelIdentity) -> None:
         """Raises ValueError if the schedule was made for another model than the one served."""
         made, now = asdict(self.model), asdict(served)
-        different = [f"{key} {made[key]!r} is not {now[key]!r}" for key in made if made[key] != now[key]]
+        different = [
+            f"{key} {made[key]!r} is not {now[key]!r}" for key in made if made[key] != now[key]
+        ]
         if different:
             raise ValueError(
                 f"--reroute-file {path} was calibrated on another model than the one served: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -53,7 +52,7 @@ class Found:
 def coarse_counts(reference: int) -> tuple[int, ...]:
     counts = list(range(1, min(FINE, reference) + 1))
     while counts[-1] < reference:
-        counts.append(min(reference, max(counts[-1] + 1, math.ceil(counts[-1] * STEP))))
+        counts.append(min(reference, max(counts[-1] + 1, round(counts[-1] * STEP))))
     return tuple(counts)
 
 
@@ -62,9 +61,7 @@ def finer_counts(counts: Iterable[int], chosen: Iterable[int], reference: int) -
     near = {
         count
         for middle in chosen
-        for count in range(
-            middle - 2 - int(AROUND * middle), middle + 3 + int(AROUND * middle)
-        )
+        for count in range(middle - 2 - int(AROUND * middle), middle + 3 + int(AROUND * middle))
     }
     return tuple(sorted({*counts, *(c for c in near if 1 <= c <= reference)}))
 

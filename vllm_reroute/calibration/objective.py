@@ -66,9 +66,7 @@ class Looks:
 
     def some(self, which: np.ndarray) -> Looks:
         """These samples, by index; one may occur several times."""
-        return Looks(
-            ranking=self.ranking[which], worth=self.worth[which], sizes=self.sizes[which]
-        )
+        return Looks(ranking=self.ranking[which], worth=self.worth[which], sizes=self.sizes[which])
 
     def counts(self, ratio: float) -> np.ndarray:
         """Tokens of each sample that a stage of this ratio keeps."""

@@ -49,9 +49,9 @@ def last_row(
     """Attention of the last token to each token, and the values it weighs.
 
     query: [heads, tokens, dim]; key, value: [kv_heads, tokens, dim], after rope.
-    Returns weights fp32 [heads, tokens] and values [heads, tokens, dim], a view where heads repeat.
+    Returns weights fp32 [heads, tokens] and values [heads, tokens, dim].
     """
-    num_kv_heads, num_tokens, dim = key.shape
+    num_kv_heads, _, dim = key.shape
     grouped = query[:, -1].view(num_kv_heads, -1, dim).float()
     logits = torch.bmm(grouped, key.transpose(1, 2).float()) * scaling
     weights = logits.softmax(dim=-1)
@@ -75,7 +75,7 @@ def _recording_attention(
             "does not support. Calibrate a model whose decoder layers see the whole prompt."
         )
     visual = _current.visual
-    weights, values = last_row(query[0], key[0, :, :], value[0], scaling)
+    weights, values = last_row(query[0], key[0], value[0], scaling)
     weights, values = weights[:, visual], values[:, visual]
     _current.attention[module.layer_idx] = weights.mean(dim=0)
     added = (weights[..., None].to(values.dtype) * values).transpose(0, 1).flatten(1)

@@ -54,9 +54,7 @@ def solve_removal(looks: Looks, losses: np.ndarray, problem: Problem, beam: int)
     """losses: `stage_losses`, the mean over samples. None if no schedule is within the tokens."""
     tails = Tails(losses, problem, monotone=True)
     nothing = np.zeros(problem.num_layers + 1)
-    partials = [
-        _Partial(layers=(), indices=(), spent=0, lost=0.0, stage=nothing, candidates=None)
-    ]
+    partials = [_Partial(layers=(), indices=(), spent=0, lost=0.0, stage=nothing, candidates=None)]
     best: Found | None = None
     for decisions in range(problem.most_decisions, 0, -1):
         steps: list[_Step] = []
@@ -125,7 +123,13 @@ def _left(looks: Looks, candidates: np.ndarray) -> Looks:
 
 
 def _least_after(
-    problem: Problem, tails: Tails, decisions: int, layer: int, index: int, room: int, stage: np.ndarray
+    problem: Problem,
+    tails: Tails,
+    decisions: int,
+    layer: int,
+    index: int,
+    room: int,
+    stage: np.ndarray,
 ) -> float:
     count, least = problem.counts[index], np.inf
     for end in range(layer + 1, problem.num_layers):

@@ -50,7 +50,9 @@ class RowFolder:
             with np.load(path) as arrays:
                 return {name: arrays[name] for name in NAMES}
         except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}). Remove it: it is recorded anew.") from error
+            raise ValueError(
+                f"{path} is damaged ({error}). Remove it: it is recorded anew."
+            ) from error
 
     def save(self, digest: str, **arrays: np.ndarray) -> None:
         """Whole or not at all."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,7 +129,9 @@ def _run(settings: Settings, folder: RowFolder, samples: Sequence[Sample]) -> No
         try:
             rows = recorder.record(prepare(sample, processor))
         except ValueError as error:
-            raise ValueError(f"--samples {settings.samples}, line {sample.line}: {error}") from error
+            raise ValueError(
+                f"--samples {settings.samples}, line {sample.line}: {error}"
+            ) from error
         folder.save(sample.digest, **{name: getattr(rows, name) for name in NAMES})
 
 

@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+import numpy as np
+
 if TYPE_CHECKING:
     import torch
     from transformers import ProcessorMixin
+    from transformers.video_utils import VideoMetadata
 
 FEWEST = 4
 """Below this there are no two halves of which one could check the other."""
+
+MOST_FRAMES = 32
+"""Of a video, vLLM's default."""
 
 FORMAT = (
     'Give {"prompt": "…", "image_files": ["…"]} or {"content": [{"type": "image", "image": "…"}, '
@@ -144,16 +150,31 @@ def prepare(sample: Sample, processor: ProcessorMixin) -> Mapping[str, torch.Ten
     ]
     if pictures:
         options["images"] = pictures
-    if videos := [value for kind, value in sample.parts if kind == "video"]:
-        options["videos"] = videos
-    return processor(
-        text=[_without_start(text, processor)], return_tensors="pt", **options
-    )
+    if paths := [value for kind, value in sample.parts if kind == "video"]:
+        frames, times = zip(*(_frames(path) for path in paths), strict=True)
+        options |= {"videos": list(frames), "video_metadata": list(times)}
+        options["do_sample_frames"] = False
+    return processor(text=[_without_start(text, processor)], return_tensors="pt", **options)
+
+
+def _frames(path: str) -> tuple[np.ndarray, VideoMetadata]:
+    """Evenly spread frames [frames, height, width, 3] and their times, read with OpenCV as vLLM does."""
+    from transformers.video_utils import load_video
+
+    def evenly(metadata: VideoMetadata, **_: object) -> np.ndarray:
+        total = metadata.total_num_frames
+        return np.linspace(0, total - 1, min(MOST_FRAMES, total), dtype=int)
+
+    return load_video(path, backend="opencv", sample_indices_fn=evenly)
 
 
 def _without_start(text: str, processor: ProcessorMixin) -> str:
     """Chat templates may write the token that tokenizing puts in front once more."""
     tokenizer = processor.tokenizer
     start = tokenizer.bos_token
-    doubled = start and text.startswith(start) and tokenizer(start).input_ids[:2].count(tokenizer.bos_token_id) > 1
+    doubled = (
+        start
+        and text.startswith(start)
+        and tokenizer(start).input_ids[:2].count(tokenizer.bos_token_id) > 1
+    )
     return text.removeprefix(start) if doubled else text

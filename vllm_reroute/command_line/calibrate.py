@@ -10,9 +10,7 @@ from vllm_reroute.schedule.budget import REFERENCE_VISUAL_TOKENS
 from vllm_reroute.schedule.options import DEFAULT_ACTION
 from vllm_reroute.schedule.published import ACTIONS
 
-EXAMPLE = (
-    "vllm-reroute calibrate --model llava-1.5 --samples samples.jsonl --budget 192 --out calibrated.json"
-)
+EXAMPLE = "vllm-reroute calibrate --model llava-1.5 --samples samples.jsonl --budget 192 --out calibrated.json"
 MOST_DECISIONS = 4
 OBJECTIVES = ("attention", "squared", "contribution")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

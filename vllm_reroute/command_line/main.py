@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vllm-reroute", description="Look at visual-token routing schedules for vLLM, and fit them."
+        prog="vllm-reroute",
+        description="Look at visual-token routing schedules for vLLM, and fit them.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan = commands.add_parser(
