@@ -1,4 +1,4 @@
-"""The `vllm-reroute` command: look at schedules without starting an engine."""
+"""The `vllm-reroute` command: look at schedules, and fit one to a model, without starting an engine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from vllm_reroute.command_line.calibrate import add_calibrate
 from vllm_reroute.command_line.predictions import Hardware, prediction_lines
 from vllm_reroute.families.short_names import resolve_model
 from vllm_reroute.families.table import FAMILIES
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vllm-reroute", description="Look at visual-token routing schedules for vLLM."
+        prog="vllm-reroute",
+        description="Look at visual-token routing schedules for vLLM, and fit them.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan = commands.add_parser(
@@ -66,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_reroute_flags(plan)
     plan.set_defaults(run=_plan)
+    add_calibrate(commands)
     schedules = commands.add_parser("schedules", help="published schedules and tiers")
     schedules.set_defaults(run=_schedules)
     models = commands.add_parser("models", help="models that can be routed, with short names")
@@ -95,6 +98,7 @@ def _plan(args: argparse.Namespace) -> list[str]:
     from vllm_reroute.report import footprint_lines, model_lines, schedule_lines
     from vllm_reroute.schedule.cost_model import DecoderShape, RequestCost, vision_shape
     from vllm_reroute.startup.architecture import RoutedArchitecture
+    from vllm_reroute.startup.calibrated import with_calibration
 
     options = RerouteOptions.from_mapping(options_from_flags(args))
     if not options.active:
@@ -103,6 +107,7 @@ def _plan(args: argparse.Namespace) -> list[str]:
     config = RoutedArchitecture(None, nuwa=options.starts_in_encoder)(
         AutoConfig.from_pretrained(model)
     )
+    options = with_calibration(options, model, config)
     text = config.get_text_config()
     schedule = options.resolve(text.num_hidden_layers, first_decision_layer(config))
     num_visual = visual_tokens_per_image(config)

@@ -34,6 +34,7 @@ class RerouteOptions:
     `VARIANTS`, for `nuwa` with action `reroute`. tier: one of `TIERS`.
     budget: wanted average of visual tokens per layer for a 576-token image.
     layers, keep: decision layers and keep ratios, instead of a schedule. scorer: one of `SCORERS`.
+    file: path of a calibrated schedule, which says action, layers and keep.
     """
 
     schedule: str | None = None
@@ -44,6 +45,7 @@ class RerouteOptions:
     layers: tuple[int, ...] | None = None
     keep: tuple[float, ...] | None = None
     scorer: str | None = None
+    file: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("schedule", self.schedule, [*SCHEDULES, NO_SCHEDULE])
@@ -82,7 +84,8 @@ class RerouteOptions:
     @property
     def active(self) -> bool:
         """Whether these options ask for routing at all."""
-        return (self.schedule or NO_SCHEDULE) != NO_SCHEDULE or self.layers is not None
+        named = (self.schedule or NO_SCHEDULE) != NO_SCHEDULE
+        return named or self.layers is not None or self.file is not None
 
     @property
     def starts_in_encoder(self) -> bool:
@@ -95,6 +98,8 @@ class RerouteOptions:
 
         first_decision_layer: the lowest the model allows. A named schedule that starts below it
         is moved up, decision layers of the user's own are not.
+
+        A file's schedule has taken its place before (`startup/calibrated.py`).
 
         Raises ValueError when the options do not fit that decoder.
         """
@@ -128,6 +133,7 @@ class RerouteOptions:
         return published.keep[self.tier or DEFAULT_TIER]
 
     def _check_combination(self) -> None:
+        self._check_file()
         custom = self.layers is not None or self.keep is not None
         if (self.layers is None) != (self.keep is None):
             raise ValueError(
@@ -170,6 +176,18 @@ class RerouteOptions:
                 f"--reroute-{extras[0]} {getattr(self, extras[0])} needs a schedule. Add "
                 f"--reroute-schedule with one of: {', '.join(sorted(SCHEDULES))}."
             )
+
+    def _check_file(self) -> None:
+        if self.file is None:
+            return
+        if not isinstance(self.file, str):
+            raise ValueError(f"--reroute-file {self.file!r} must be a path.")
+        for name, value in self.to_mapping().items():
+            if name not in ("file", "scorer"):
+                raise ValueError(
+                    f"--reroute-{name} {value} has no meaning with --reroute-file {self.file}, which "
+                    "says everything but --reroute-scorer. Drop one or the other."
+                )
 
     def _check_variant(self) -> None:
         in_encoder = [name for name, of in SCHEDULES.items() if of["reroute"].starts_in_encoder]

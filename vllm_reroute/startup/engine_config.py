@@ -13,6 +13,7 @@ from vllm_reroute.families.deepstack import first_decision_layer
 from vllm_reroute.nuwa.requirements import check_encoder_options
 from vllm_reroute.schedule import CONFIG_KEY, SCHEDULE_KEY, RerouteOptions
 from vllm_reroute.startup.architecture import RoutedArchitecture
+from vllm_reroute.startup.calibrated import with_calibration
 from vllm_reroute.startup.input_processor import INPUT_PROCESSOR
 from vllm_reroute.startup.refusals import check_arguments, check_config
 from vllm_reroute.vllm_seams.seams import check_vllm
@@ -65,6 +66,7 @@ def configure_routing(vllm_config: VllmConfig, options: RerouteOptions) -> VllmC
     Raises ValueError for a schedule or feature that does not fit.
     """
     model_config = vllm_config.model_config
+    options = with_calibration(options, model_config.model, model_config.hf_config)
     schedule = options.resolve(
         model_config.hf_text_config.num_hidden_layers,
         first_decision_layer(model_config.hf_config),

@@ -86,6 +86,12 @@ def add_reroute_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "first one no longer looks at), or random choice, a baseline for quality comparisons. "
         f"Default: {DEFAULT_SCORER}.",
     )
+    group.add_argument(
+        "--reroute-file",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="Instead of a schedule: one that 'vllm-reroute calibrate' has chosen for this model.",
+    )
     return parser
 
 
