@@ -45,6 +45,7 @@ class LiveRouting:
                 request.prompt_token_ids,
                 self.schedule,
                 self.block_size,
+                getattr(request.sampling_params, "extra_args", None),
             )
         return self._routings[request]
 

@@ -7,14 +7,16 @@ between them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.schedule import RoutingSchedule
+from vllm_reroute.schedule.request_options import RequestOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +42,18 @@ class RequestRouting:
         prompt: Sequence[int] | None,
         schedule: RoutingSchedule,
         block_size: int,
+        extra_args: Mapping[str, Any] | None = None,
     ) -> RequestRouting | None:
-        """None for a request without visual tokens. block_size: tokens per K/V block."""
+        """None for a request without visual tokens.
+
+        block_size: tokens per K/V block. extra_args: the request's, which may choose how much it
+        keeps; raises ValueError for a choice that admission should have refused.
+        """
         if spans is None:
             return None
+        options = RequestOptions.of(extra_args)
+        if options is not None:
+            schedule = replace(schedule, keep=options.keep_ratios(schedule))
         return cls(
             spans=spans,
             prompt=prompt or (),

@@ -18,6 +18,7 @@ from vllm_reroute.plan.visual_spans import VisualSpans
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.multimodal.inputs import MultiModalFeatureSpec
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from vllm_reroute.routing.decoder import RoutedDecoder
@@ -39,14 +40,21 @@ class StepPlanner:
         self._batch: tuple[list[Any], BatchRouting] = [], BatchRouting.of((), 0)
 
     def request_routing(
-        self, mm_features: Sequence[MultiModalFeatureSpec], prompt: Sequence[int] | None
+        self,
+        mm_features: Sequence[MultiModalFeatureSpec],
+        prompt: Sequence[int] | None,
+        sampling_params: SamplingParams | None,
     ) -> RequestRouting | None:
         """The lasting facts of a request; None where it has no visual tokens.
 
         prompt: without generated tokens, also for a request that goes on after a preemption.
         """
         return RequestRouting.of(
-            VisualSpans.of(mm_features), prompt, self.schedule, self.block_size
+            VisualSpans.of(mm_features),
+            prompt,
+            self.schedule,
+            self.block_size,
+            getattr(sampling_params, "extra_args", None),
         )
 
     def plan(

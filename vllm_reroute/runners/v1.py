@@ -91,7 +91,9 @@ class _V1Batch:
             return None
         # Kept on the runner's own state, so that it lives exactly as long as the request.
         if not hasattr(state, _ROUTING_ATTRIBUTE):
-            routing = self.planner.request_routing(state.mm_features, state.prompt_token_ids)
+            routing = self.planner.request_routing(
+                state.mm_features, state.prompt_token_ids, state.sampling_params
+            )
             setattr(state, _ROUTING_ATTRIBUTE, routing)
         return getattr(state, _ROUTING_ATTRIBUTE)
 

@@ -51,7 +51,9 @@ class RoutedModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         # The prompt alone: after a preemption the prefill also holds generated tokens.
         self._routings[new_req_data.req_id] = self.planner.request_routing(
-            new_req_data.mm_features, new_req_data.prompt_token_ids
+            new_req_data.mm_features,
+            new_req_data.prompt_token_ids,
+            new_req_data.sampling_params,
         )
 
     def remove_request(self, req_id: str) -> None:

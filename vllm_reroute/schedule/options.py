@@ -18,6 +18,7 @@ from vllm_reroute.schedule.published import (
     scale_decision_layers,
 )
 from vllm_reroute.schedule.routing_schedule import RoutingSchedule
+from vllm_reroute.schedule.values import check_choice, check_keep, number, numbers
 
 NO_SCHEDULE = "none"
 DEFAULT_ACTION = "reroute"
@@ -48,11 +49,11 @@ class RerouteOptions:
     file: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("schedule", self.schedule, [*SCHEDULES, NO_SCHEDULE])
-        _check_choice("action", self.action, ACTIONS)
-        _check_choice("variant", self.variant, VARIANTS)
-        _check_choice("tier", self.tier, TIERS)
-        _check_choice("scorer", self.scorer, SCORERS)
+        check_choice("schedule", self.schedule, [*SCHEDULES, NO_SCHEDULE])
+        check_choice("action", self.action, ACTIONS)
+        check_choice("variant", self.variant, VARIANTS)
+        check_choice("tier", self.tier, TIERS)
+        check_choice("scorer", self.scorer, SCORERS)
         self._check_combination()
         if self.layers is not None and self.keep is not None:
             _check_custom(self.layers, self.keep)
@@ -71,10 +72,10 @@ class RerouteOptions:
                     f"The reroute option {name!r} is unknown. Known options: {', '.join(known)}."
                 )
         values = dict(given)
-        values["tier"] = _number("tier", given.get("tier"), int)
-        values["budget"] = _number("budget", given.get("budget"), float)
-        values["layers"] = _numbers("layers", given.get("layers"), int)
-        values["keep"] = _numbers("keep", given.get("keep"), float)
+        values["tier"] = number("tier", given.get("tier"), int)
+        values["budget"] = number("budget", given.get("budget"), float)
+        values["layers"] = numbers("layers", given.get("layers"), int)
+        values["keep"] = numbers("keep", given.get("keep"), float)
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -201,13 +202,6 @@ class RerouteOptions:
         )
 
 
-def _check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    if value is not None and value not in allowed:
-        raise ValueError(
-            f"--reroute-{name} {value!r} is unknown. Choose one of: {', '.join(map(str, allowed))}."
-        )
-
-
 def _check_custom(layers: Sequence[int], keep: Sequence[float]) -> None:
     shown = ",".join(map(str, layers))
     if len(layers) != len(keep):
@@ -222,12 +216,7 @@ def _check_custom(layers: Sequence[int], keep: Sequence[float]) -> None:
             f"--reroute-layers {shown} must be strictly increasing and start at 1 or later "
             "(layer 0 has nothing to score with). Example: 2,7,15,23."
         )
-    for ratio in keep:
-        if not 0.0 < ratio <= 1.0:
-            raise ValueError(
-                f"--reroute-keep {ratio:g} is outside (0, 1]: it is the share of an image's visual "
-                "tokens a stage keeps. Example: .45,.45,.225,.1126."
-            )
+    check_keep(keep)
 
 
 def _check_depth(layers: Sequence[int], num_layers: int, first_decision_layer: int) -> None:
@@ -242,26 +231,3 @@ def _check_depth(layers: Sequence[int], num_layers: int, first_decision_layer: i
             f"--reroute-layers {','.join(map(str, layers))} must stay below the model's "
             f"{num_layers} decoder layers (0 to {num_layers - 1}). Lower the last one."
         )
-
-
-def _number(name: str, value: Any, kind: type) -> Any:
-    if value is None:
-        return None
-    try:
-        number = kind(value)
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None or isinstance(value, bool) or float(number) != float(value):
-        what = "a whole number" if kind is int else "a number"
-        raise ValueError(f"--reroute-{name} {value!r} must be {what}.")
-    return number
-
-
-def _numbers(name: str, value: Any, kind: type) -> tuple[Any, ...] | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        value = [part for part in value.split(",") if part.strip()]
-    if not isinstance(value, Sequence):
-        raise ValueError(f"--reroute-{name} {value!r} must be a list, such as 2,7,15,23.")
-    return tuple(_number(name, item, kind) for item in value)
