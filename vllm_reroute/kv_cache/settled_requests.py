@@ -49,13 +49,17 @@ class SettledRequests:
     def _settled(self, request: Request) -> int:
         """Tokens the request's blocks hold in every stage.
 
-        Where its blocks go to the prefix cache, one less: the step that completes one offers it.
+        Where its blocks go to the prefix cache, no more than leave the next one incomplete: the step
+        that completes it offers it.
         """
         request_id, size = request.request_id, self.live.block_size
         held = [len(m.req_to_blocks[request_id]) // m.num_layers * size for m in self._stages]
         routing = self.live.of(request)
-        if routing is None:
-            return min(held) - self.live.offers_parked
-        return min(
-            room + int(deferred) for room, deferred in zip(held, routing.deferred, strict=True)
-        )
+        if routing is not None:
+            return min(
+                room + int(deferred) for room, deferred in zip(held, routing.deferred, strict=True)
+            )
+        if self.live.offers_parked:
+            offered = min(m.num_cached_block.get(request_id, 0) for m in self._stages)
+            held.append((offered + 1) * size - 1)
+        return min(held)
