@@ -22,10 +22,11 @@ KEEP_ALL = "keep all, 2 groups"
 READING = """\
 "Keep all but one, n groups" defers one visual token at each of n - 1 decisions, so that scoring, choosing and bringing
 back all run and nothing is saved; every stage is a KV cache group (pages of parked states, one more, are not counted).
-"Keep all" has one decision that keeps everything: there is nothing to choose. All ratios are this engine's time over stock's in the same round, below 1 is
-faster. *Text* is a batch of requests without an image. `pdrop reroute 192` is the default schedule, for comparison:
-its prefill and decode steps do save. A decision scores all tokens present, about a twelfth of a layer's arithmetic
-here, so prefill grows with the number of decisions by design; its bound is for up to four of them."""
+"Keep all" has one decision that keeps everything: there is nothing to choose. All ratios are this engine's time over
+stock's in the same round, below 1 is faster. *Text* is a batch of requests without an image. `pdrop reroute 192` is the
+default schedule, for comparison: its prefill and decode steps do save. A decision scores all tokens present, about a
+twelfth of a layer's arithmetic here, so prefill grows with the number of decisions by design; its bound is for up to
+four of them."""
 
 
 def waves(settings: Settings, progress: Progress) -> dict[str, Callable[[], dict]]:
