@@ -44,7 +44,7 @@ class EngineSpec:
             "depth": depth,
             "compiled": self.compiled,
             "average": schedule.average(model.visual) if schedule else float(model.visual),
-            "groups": len(schedule.stages) if schedule else 0,
+            "groups": len(stages),
             "kept": [
                 [layers, kept]
                 for (layers, _), kept in zip(

@@ -88,10 +88,10 @@ class PlainModel:
         states[visual] = torch.cat(list(features)).to(states.dtype)
         positions = torch.arange(len(ids), device=self.device)
         num_visual, running = int(visual.sum()), positions
-        for stage in self.schedule.stages:
+        kept_per_stage = self.schedule.kept_per_stage(num_visual)
+        for stage, kept in zip(self.schedule.stages, kept_per_stage, strict=True):
             if stage.first_layer:
                 candidates = positions if self.schedule.reroutes else running
-                kept = self.schedule.num_kept((num_visual,), stage.keep_ratio)
                 scores = self._scores(stage.first_layer, states[candidates], candidates)
                 scores = scores.masked_fill(~visual[candidates], -torch.inf)
                 runs = ~visual[candidates]

@@ -63,15 +63,14 @@ def test_bounds_belong_to_the_target(row, met):
     assert ("missed" not in line) is met and f"{row['bound']:g}" in line
 
 
-@pytest.mark.parametrize("groups", [1, 2, 5, 8, 12])
+@pytest.mark.parametrize("groups", [2, 5, 8, 12])
 @pytest.mark.parametrize("depth,visual", [(32, 576), (28, 576), (32, 64)])
 def test_nothing_saved_takes_that_many_groups(groups, depth, visual):
     options = machinery.keep_nearly_all(groups, depth, visual)
     schedule = RerouteOptions.from_mapping(options).resolve(depth)
-    assert len(schedule.ratios) == groups
+    assert len(schedule.stages) == groups
     assert schedule.stages[0].num_layers == 1
-    kept = schedule.kept_per_stage(visual)
-    assert kept[1:] == [visual if groups == 1 else visual - 1] * (len(kept) - 1)
+    assert schedule.kept_per_stage(visual) == [visual] + [visual - 1] * (groups - 1)
 
 
 def test_more_groups_than_layers_are_refused():

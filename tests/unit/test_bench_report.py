@@ -120,7 +120,7 @@ def machinery_wave(prefill_s=1.0, decode_s=0.1, text_s=2.0):
     return {
         "engines": {
             STOCK: of(0, 1.0, 0.1, 2.0),
-            "keep all, 1 group": of(1, 1.0, 0.1, 2.0),
+            machinery.KEEP_ALL: of(2, 1.0, 0.1, 2.0),
             "keep all but one, 12 groups": of(12, prefill_s, decode_s, text_s),
         }
     }

@@ -12,7 +12,13 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_reroute.plugin import register
-from vllm_reroute.schedule import CONFIG_KEY, RerouteOptions, RoutingSchedule, is_routed
+from vllm_reroute.schedule import (
+    CONFIG_KEY,
+    SCHEDULE_KEY,
+    RerouteOptions,
+    RoutingSchedule,
+    is_routed,
+)
 from vllm_reroute.startup.flags import options_from_flags
 
 FLAGS = ["schedule", "action", "variant", "tier", "budget", "layers", "keep", "scorer"]
@@ -194,9 +200,15 @@ def test_flags_reach_the_engine_s_config(model_folder):
     )
     before = dict(vars(made))
     config = made.create_engine_config()
-    schedule = RerouteOptions(schedule="pdrop", tier=64).resolve(8)
+    options = RerouteOptions(schedule="pdrop", tier=64)
+    schedule = options.resolve(8)
     assert RoutingSchedule.of(config) == schedule and is_routed(config)
-    assert config.additional_config == {"other": 1, CONFIG_KEY: schedule.to_dict()}
+    assert config.additional_config == {
+        "other": 1,
+        CONFIG_KEY: options.to_mapping(),
+        SCHEDULE_KEY: schedule.to_dict(),
+    }
+    assert RerouteOptions.from_mapping(config.additional_config[CONFIG_KEY]) == options
     assert config.model_config.architectures == ["RerouteLlavaForConditionalGeneration"]
     assert (
         config.scheduler_config.get_scheduler_cls().__module__ == "vllm_reroute.kv_cache.scheduler"

@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from vllm_reroute.kv_cache.spec import RoutedAttentionSpec
-from vllm_reroute.plan.routed_length import routed_length
-from vllm_reroute.plan.step_plan import RequestRouting, plan_step
+from vllm_reroute.plan.request_routing import RequestRouting
+from vllm_reroute.plan.step_plan import BatchRouting, plan_step
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.report import schedule_lines
 from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
@@ -16,7 +15,7 @@ from vllm_reroute.schedule.footprint import RequestFootprint
 from vllm_reroute.schedule.published import TIERS
 from vllm_reroute.schedule.routing_schedule import Decision
 
-from .parts import feature, layer_specs
+from .parts import feature
 
 COUNTS = {192: (336, 48), 128: (224, 32), 64: (112, 16)}
 KINDS = [{"action": "remove"}, {"variant": "A"}, {"variant": "B"}]
@@ -60,16 +59,16 @@ def test_layers_scale_and_zero_stays(depth, removed, rerouted):
 def test_no_stage_is_dense():
     for options in KINDS:
         schedule = nuwa(8, **options)
-        assert 1.0 not in schedule.ratios and len(schedule.ratios) == 2
-        assert schedule.encoder_ratio == schedule.ratios[0]
         stages = schedule.stages
+        assert all(stage.keep_ratio < 1 for stage in stages) and len(stages) == len(schedule.layers)
+        assert schedule.encoder_ratio == stages[0].keep_ratio and schedule.boundary == 0
         assert [layer for s in stages for layer in range(s.first_layer, s.end_layer)] == list(
             range(8)
         )
 
 
 def test_decisions():
-    first, later = nuwa(8).ratios
+    first, later = nuwa(8).keep[:2]
     removed = [
         Decision(layer=0, scored_at=None, keep_ratio=first, removes=True),
         Decision(layer=4, scored_at=3, keep_ratio=later, removes=True),
@@ -181,13 +180,10 @@ def test_spans_know_their_images():
 SPANS = VisualSpans((2, 30), (22, 37), (20, 7))  # images of 20 and 7 tokens
 PROMPT = 45
 TEXT = PROMPT - 27
-ENCODER, LATER = 0.5, 0.1  # 10 + 3 anchors, 2 of 27 later
-
-
-def plan(computed, scheduled, spans=SPANS):
-    routing = RequestRouting.of(spans, range(PROMPT), (ENCODER, LATER), ENCODER)
-    computed, scheduled = np.array([computed]), np.array([scheduled])
-    return plan_step(computed, scheduled, [routing], (ENCODER, LATER))
+# 10 + 3 anchors, 2 of 27 later.
+TWO_DECISIONS = RoutingSchedule(
+    name="nuwa", action="remove", num_layers=4, layers=(0, 2), keep=(0.5, 0.1)
+)
 
 
 @pytest.mark.parametrize(
@@ -196,32 +192,27 @@ def plan(computed, scheduled, spans=SPANS):
         (0, PROMPT, (TEXT + 13, TEXT + 2), (TEXT + 13, TEXT + 2)),
         (PROMPT, 1, (1, 1), (TEXT + 14, TEXT + 3)),
         (0, PROMPT + 6, (TEXT + 19, TEXT + 8), (TEXT + 19, TEXT + 8)),  # resumed
-        (0, 2, (2, 2), (2, 2)),
+        (0, 2, (0, 0), (0, 0)),  # in the block of the first image: parked before layer 0
+        (0, 40, (0, 0), (0, 0)),
+        (40, 5, (TEXT + 13, TEXT + 2), (TEXT + 13, TEXT + 2)),
     ],
 )
 def test_two_images_of_different_size(computed, scheduled, queries, held):
-    step = plan(computed, scheduled)
-    for index, ratio in enumerate((ENCODER, LATER)):
-        lengths = step.lengths[ratio]
-        assert (int(lengths.query_lens[0]), int(lengths.seq_lens[0])) == (
-            queries[index],
-            held[index],
-        )
-        total = computed + scheduled
-        assert held[index] == routed_length(total, SPANS, ratio, ENCODER)
-    assert step.everyone.query_lens.tolist() == [scheduled]
-    assert step.everyone.seq_lens.tolist() == [computed + scheduled]
-    assert [prefill.routing.num_kept(0) for prefill in step.prefills] == [13] * (
-        computed == 0 and scheduled >= PROMPT
+    routing = RequestRouting.of(SPANS, range(PROMPT), TWO_DECISIONS, 16)
+    step = plan_step(
+        np.array([computed]),
+        np.array([scheduled]),
+        BatchRouting.of([routing], 2),
+        dense_stages=0,
+        block_size=16,
+        offers_parked=False,
     )
-
-
-def test_groups_that_count_differently_are_different_groups():
-    specs = list(layer_specs(nuwa(8)).values())
-    assert all(isinstance(spec, RoutedAttentionSpec) for spec in specs) and len(specs) == 2
-    assert {spec.encoder_ratio for spec in specs} == {nuwa(8).encoder_ratio}
-    (other,) = layer_specs(RerouteOptions(layers=(1,), keep=(1.0,)).resolve(8)).values()
-    assert other.encoder_ratio is None
+    assert tuple(int(stage.query_lens[0]) for stage in step.stages) == queries
+    assert tuple(int(stage.seq_lens[0]) for stage in step.stages) == held
+    assert held == tuple(routing.kv_length(stage, computed + scheduled) for stage in (0, 1))
+    decides = computed < PROMPT <= computed + scheduled
+    assert [prefill.routing.kept for prefill in step.prefills] == [(13, 2)] * decides
+    assert [prefill.num_tokens for prefill in step.prefills] == [computed + scheduled] * decides
 
 
 def test_a_footprint_counts_image_by_image():

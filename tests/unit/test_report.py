@@ -49,7 +49,8 @@ def test_the_report_agrees_with_the_pool(config, action, block_size):
         )
         assert f"{fit} routed, {(num_blocks - 1) // dense_blocks} dense" in shown
     numbers = [float(number) for number in re.findall(r"([\d.]+) MiB", shown)]
-    side_buffer = 512 * HIDDEN * 4 if action == "reroute" else 0
+    # A step's own tokens, and those of earlier steps that it decides about: a whole prompt's.
+    side_buffer = (512 + 1024) * HIDDEN * 4 if action == "reroute" else 0
     assert numbers == pytest.approx(
         [expect.dense_bytes / 2**20, expect.routed_bytes / 2**20, side_buffer / 2**20], abs=5e-4
     )

@@ -139,16 +139,15 @@ def test_stages_partition_the_layers():
         assert [layer for s in stages for layer in range(s.first_layer, s.end_layer)] == list(
             range(depth)
         )
-        by_ratio = [layer for ratio in schedule.ratios for layer in schedule.layers_with(ratio)]
-        assert sorted(by_ratio) == list(range(depth))
-        for ratio in schedule.ratios:
-            assert {schedule.keep_ratio_of(layer) for layer in schedule.layers_with(ratio)} == {
-                ratio
-            }
+        for layer in range(depth):
+            stage = stages[schedule.stage_of(layer)]
+            assert stage.first_layer <= layer < stage.end_layer
+        assert schedule.boundary == stages[1].first_layer == schedule.layers[0]
 
 
-def test_equal_ratios_are_one_group():
-    assert resolve("fastv", "reroute", 32).ratios == (1.0, 0.2644)
-    assert resolve("pdrop", "reroute", 32).ratios == (1.0, 0.4502, 0.2251, 0.1126)
-    full = RerouteOptions(layers=(1, 2), keep=(1.0, 0.5)).resolve(4)
-    assert (full.ratios, full.layers_with(1.0)) == ((1.0, 0.5), [0, 1])
+def test_equal_ratios_are_stages_of_their_own():
+    """Also a ratio of 1: a stage after a decision is another than the dense one before it."""
+    full = RerouteOptions(layers=(1, 2), keep=(1.0, 1.0)).resolve(4)
+    assert [(s.first_layer, s.end_layer) for s in full.stages] == [(0, 1), (1, 2), (2, 4)]
+    assert [full.stage_of(layer) for layer in range(4)] == [0, 1, 2, 2]
+    assert full.kept_per_stage(20) == [20, 20, 20]

@@ -1,15 +1,13 @@
 """Which prompt positions are visual tokens, and how many of them lie before a position."""
 
-import gc
 import random
-import weakref
 
 import numpy as np
 import pytest
 
-from vllm_reroute.plan.visual_spans import VisualSpans, visual_spans
+from vllm_reroute.plan.visual_spans import VisualSpans
 
-from .parts import feature, make_request
+from .parts import feature
 
 TWO_IMAGES = VisualSpans((3, 10), (7, 12))
 
@@ -33,7 +31,6 @@ TWO_IMAGES = VisualSpans((3, 10), (7, 12))
 def test_spans_of_a_request(features, spans):
     found = VisualSpans.of(features)
     assert (found and list(zip(found.starts, found.ends, strict=True))) == spans
-    assert visual_spans(make_request("r", 20, features)) == found
 
 
 @pytest.mark.parametrize(
@@ -69,13 +66,3 @@ def test_counts_and_mask_are_those_of_the_placeholders():
 
 def test_a_mask_may_end_inside_an_image():
     assert TWO_IMAGES.mask(5).tolist() == [False, False, False, True, True]
-
-
-def test_spans_are_kept_as_long_as_their_request():
-    request = make_request("r", 20, [feature(3, 4)])
-    spans = weakref.ref(visual_spans(request))
-    gc.collect()
-    assert visual_spans(request) is spans()
-    del request
-    gc.collect()
-    assert spans() is None

@@ -18,19 +18,25 @@ TEXT_ROOM = 256
 PUBLISHED_GROUPS = 5
 """Four decisions, as published schedules have: prefill's target is for these, and for none at all."""
 SAVES = "pdrop reroute 192"
+KEEP_ALL = "keep all, 2 groups"
 READING = """\
 "Keep all but one, n groups" defers one visual token at each of n - 1 decisions, so that scoring, choosing and bringing
-back all run and nothing is saved; every decision has a keep ratio, and so a KV cache group, of its own. "1 group" keeps
-everything: there is nothing to choose. All ratios are this engine's time over stock's in the same round, below 1 is
-faster. *Text* is a batch of requests without an image. `pdrop reroute 192` is the default schedule, for comparison:
-its prefill and decode steps do save. A decision scores all tokens present, about a twelfth of a layer's arithmetic
-here, so prefill grows with the number of decisions by design; its bound is for up to four of them."""
+back all run and nothing is saved; every stage is a KV cache group (pages of parked states, one more, are not counted).
+"Keep all" has one decision that keeps everything: there is nothing to choose. All ratios are this engine's time over
+stock's in the same round, below 1 is faster. *Text* is a batch of requests without an image. `pdrop reroute 192` is the
+default schedule, for comparison: its prefill and decode steps do save. A decision scores all tokens present, about a
+twelfth of a layer's arithmetic here, so prefill grows with the number of decisions by design; its bound is for up to
+four of them."""
 
 
 def waves(settings: Settings, progress: Progress) -> dict[str, Callable[[], dict]]:
     model = settings.wide()
-    specs = [
-        EngineSpec(name=_name(groups), options=keep_nearly_all(groups, model.depth, model.visual))
+    specs = [EngineSpec(name=KEEP_ALL, options={"layers": [1], "keep": [1.0]})]
+    specs += [
+        EngineSpec(
+            name=f"keep all but one, {groups} groups",
+            options=keep_nearly_all(groups, model.depth, model.visual),
+        )
         for groups in settings.sizes.groups
     ]
     specs.append(EngineSpec(name=SAVES, options={"schedule": "pdrop", "tier": 192}))
@@ -40,14 +46,8 @@ def waves(settings: Settings, progress: Progress) -> dict[str, Callable[[], dict
     return found
 
 
-def _name(groups: int) -> str:
-    return "keep all, 1 group" if groups == 1 else f"keep all but one, {groups} groups"
-
-
 def keep_nearly_all(groups: int, depth: int, num_visual: int) -> dict:
-    """Reroute options with that many KV groups, which defer one visual token or, with one group, none."""
-    if groups == 1:
-        return {"layers": [1], "keep": [1.0]}
+    """Reroute options with that many stages, two or more, which defer one visual token each."""
     decisions = groups - 1
     if decisions > depth - 1:
         raise ValueError(f"{groups} KV groups need more than {depth} decoder layers.")
@@ -144,7 +144,7 @@ def markdown(found: dict) -> Iterator[str]:
 
 
 def draw(found: dict, folder: Path) -> list[Path]:
-    rows = [row for row in found["rows"] if row["engine"] not in (STOCK, SAVES)]
+    rows = [row for row in found["rows"] if row["engine"] not in (STOCK, SAVES, KEEP_ALL)]
     if not rows:
         return []
     groups = {
