@@ -14,8 +14,8 @@ from vllm.v1.request import Request
 
 from benchmarks.local_model import TINY, make_config
 from benchmarks.local_tokenizer import image_token_id, make_processor
-from vllm_reroute.kv_cache.registration import register_routed_spec
-from vllm_reroute.kv_cache.spec import RoutedAttentionSpec
+from vllm_reroute.kv_cache.registration import register_routed_specs
+from vllm_reroute.kv_cache.spec import LayeredSpec, ParkedSpec, StageSpec
 from vllm_reroute.schedule import RoutingSchedule
 
 VISUAL = TINY.visual_tokens
@@ -78,22 +78,25 @@ def layer_specs(
     kv_heads: int = 1,
     head_size: int = 32,
     dtype: torch.dtype = torch.bfloat16,
-) -> dict[str, RoutedAttentionSpec]:
-    """What a worker reports: one spec per keep ratio, under the name of its first layer."""
-    register_routed_spec()
-    layers = {ratio: schedule.layers_with(ratio) for ratio in schedule.ratios}
-    return {
-        f"layers.{of_ratio[0]}.attn": RoutedAttentionSpec(
-            block_size=block_size,
-            num_kv_heads=kv_heads,
-            head_size=head_size,
-            dtype=dtype,
-            keep_ratio=ratio,
-            encoder_ratio=schedule.encoder_ratio,
-            num_layers=len(of_ratio),
-        )
-        for ratio, of_ratio in layers.items()
+    parked_pages: int = 2,
+) -> dict[str, LayeredSpec]:
+    """What a worker reports: one spec per stage, under the name of its first layer, and the parked
+    states' own."""
+    register_routed_specs()
+    shape = {
+        "block_size": block_size,
+        "num_kv_heads": kv_heads,
+        "head_size": head_size,
+        "dtype": dtype,
     }
+    specs: dict[str, LayeredSpec] = {
+        f"layers.{stage.first_layer}.attn": StageSpec(
+            stage=index, num_layers=stage.num_layers, **shape
+        )
+        for index, stage in enumerate(schedule.stages)
+    }
+    specs[f"layers.{schedule.num_layers}.parked"] = ParkedSpec(num_layers=parked_pages, **shape)
+    return specs
 
 
 def kv_cache_config(schedule: RoutingSchedule, num_blocks: int, **shape: object) -> KVCacheConfig:
