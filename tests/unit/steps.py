@@ -31,6 +31,15 @@ class Going:
     def end(self) -> int:
         return self.computed + self.scheduled
 
+    @property
+    def candidates(self) -> range:
+        """Positions that are at the first decision's input in this step, of earlier steps too."""
+        if self.routing is None or self.computed >= self.routing.num_prompt:
+            return range(self.computed, self.end)
+        prefix = self.routing.text_prefix
+        end = self.end if self.end >= self.routing.num_prompt else min(self.end, prefix)
+        return range(min(self.computed, prefix), end)
+
     def held(self, stage: int) -> int:
         """K/V entries of a stage after the step."""
         return self.end if self.routing is None else self.routing.kv_length(stage, self.end)
