@@ -26,3 +26,23 @@ def engine_config(model_folder):
         return EngineArgs(model=str(model_folder), **arguments).create_engine_config()
 
     return make
+
+
+@pytest.fixture(scope="module")
+def routed_model(engine_config, tmp_path_factory):
+    """Makes a routed model's decoder from reroute options and engine arguments, without an engine."""
+    from .routed_model import RoutedModel, one_process
+
+    def make(options, **arguments):
+        arguments = {
+            "max_model_len": 512,
+            "max_num_batched_tokens": 512,
+            "dtype": "float32",
+            "enforce_eager": True,
+            "additional_config": {"reroute": options},
+            **arguments,
+        }
+        return RoutedModel(engine_config(**arguments))
+
+    with one_process(tmp_path_factory.mktemp("groups")):
+        yield make

@@ -1,25 +1,28 @@
 """The random baseline: the same choice whenever a request comes back, another one for another."""
 
-import numpy as np
 import pytest
 import torch
 
-from vllm_reroute.plan.step_plan import RequestRouting, plan_step
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.routing.prompt_rows import PromptRows
 from vllm_reroute.routing.scorers.random import RandomScorer
 from vllm_reroute.schedule import RerouteOptions
 
+from .steps import Going, plan_of, routing_of
+
 RATIO = 0.25
+SCHEDULE = RerouteOptions(layers=(4,), keep=(RATIO,), scorer="random").resolve(8)
 SPANS = VisualSpans((3,), (103,))
 PROMPTS = [list(range(110)), [7] * 130, list(range(1, 111))]
 
 
-def scores(prompts, layer=4, generated=0):
-    """Scores of a step in which the prompts are prefilled, `generated` tokens after each."""
-    routings = [RequestRouting.of(SPANS, prompt, (1.0, RATIO)) for prompt in prompts]
-    scheduled = np.array([len(prompt) + generated for prompt in prompts])
-    plan = plan_step(np.zeros_like(scheduled), scheduled, routings, (1.0, RATIO))
+def scores(prompts, layer=4, generated=0, computed=0):
+    """Scores of a step in which the prompts end, `generated` tokens behind each of them."""
+    batch = [
+        Going(routing_of(SPANS, prompt, SCHEDULE), computed, len(prompt) + generated - computed)
+        for prompt in prompts
+    ]
+    plan = plan_of(batch, SCHEDULE)
     rows = PromptRows.of(plan, None, torch.device("cpu"))
     stream = torch.zeros(rows.num_rows, 8)
     table = RandomScorer(layer).score(stream, torch.arange(rows.num_rows), rows)
@@ -27,9 +30,11 @@ def scores(prompts, layer=4, generated=0):
     return [row[: len(prompt)] for row, prompt in zip(table, prompts, strict=True)]
 
 
-@pytest.mark.parametrize("generated", [0, 17], ids=["first", "resumed"])
-def test_a_request_has_its_own_scores_in_any_batch(generated):
-    together = scores(PROMPTS, generated=generated)
+@pytest.mark.parametrize(
+    "generated,computed", [(0, 0), (17, 0), (0, 60)], ids=["first", "resumed", "in chunks"]
+)
+def test_a_request_has_its_own_scores_in_any_batch(generated, computed):
+    together = scores(PROMPTS, generated=generated, computed=computed)
     for prompt, row in zip(PROMPTS, together, strict=True):
         assert torch.equal(row, scores([prompt])[0])
 

@@ -1,0 +1,276 @@
+"""How a step's plan reaches the metadata builders, by each of vLLM's two model runners."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+
+from vllm_reroute.attention.step import DUMMY_STEP, RoutedStep
+from vllm_reroute.plan.request_routing import RequestRouting
+from vllm_reroute.plan.step_plan import Places
+from vllm_reroute.plan.visual_spans import VisualSpans
+from vllm_reroute.runners.v1 import planned_step
+from vllm_reroute.runners.v1_hook import MODEL_RUNNER_V1
+from vllm_reroute.runners.v2 import RoutedAttnMetadata, RoutedModelState
+
+from .parts import feature
+from .routed_model import CPU, Conversation, Conversations, plan_in, runner_of
+
+SPANS, NUM_PROMPT = VisualSpans((40,), (60,)), 80
+
+
+@pytest.fixture(scope="module")
+def model(routed_model):
+    return routed_model({"layers": [2, 5], "keep": [0.5, 0.25]})
+
+
+@pytest.fixture
+def run(model):
+    routing = RequestRouting.of(SPANS, range(NUM_PROMPT), model.schedule, model.block_size)
+    states = torch.zeros(NUM_PROMPT + 1, model.hidden_size)
+    return Conversations(model, [Conversation(routing, states), Conversation(None, states)])
+
+
+def test_no_plan_no_metadata(model, run):
+    for builder, common in zip(model.builders, run.common([0, 1], [30, 5]), strict=True):
+        with pytest.raises(RuntimeError, match=r"without a plan of the step.*without --reroute"):
+            builder.build(0, common)
+
+
+def test_the_builders_own_step_serves_where_none_is_handed_over(model, run):
+    """V1 sets it, V2 hands one over, which goes first."""
+    step, other = run.plan([0, 1], [30, 5]), DUMMY_STEP
+    for builder, common in zip(model.builders[:-1], run.common([0, 1], [30, 5]), strict=False):
+        builder.step = step
+        try:
+            assert builder.build(0, common).plan is step.plan
+            assert builder.build(0, common, step=other).plan is None
+        finally:
+            builder.step = None
+
+
+class Batch:
+    """The V1 runner's batch of an image request and a text request."""
+
+    def __init__(self, model, run, computed):
+        self.states = {
+            "image": SimpleNamespace(
+                mm_features=[feature(40, 20)],
+                prompt_token_ids=list(range(NUM_PROMPT)),
+                mrope_positions=torch.arange(3 * NUM_PROMPT).view(3, NUM_PROMPT),
+            ),
+            "text": SimpleNamespace(mm_features=[], prompt_token_ids=[1, 2, 3]),
+        }
+        tables = [
+            SimpleNamespace(get_device_tensor=lambda n, table=table: table[:n])
+            for table in run.tables
+        ]
+        self.runner = runner_of(
+            model,
+            requests=self.states,
+            input_batch=SimpleNamespace(
+                req_ids=["image", "text", "left over"],
+                num_reqs=2,
+                num_computed_tokens_cpu=np.array([*computed, 999]),
+                block_table=SimpleNamespace(block_tables=tables),
+            ),
+        )
+
+    def planned(self, scheduled, **changes):
+        sizes = {"num_tokens": sum(scheduled.values()), "num_reqs": 2, **changes}
+        return planned_step(self.runner, num_scheduled_tokens=scheduled, **sizes)
+
+
+def test_v1_sets_one_step_on_all_builders_and_takes_it_back(model, run):
+    batch = Batch(model, run, [0, 3])
+    with batch.planned({"text": 1, "image": NUM_PROMPT}):
+        steps = [builder.step for builder in model.builders]
+        assert all(step is steps[0] for step in steps) and len(steps) == 4
+        assert steps[0].plan.stages[0].query_lens.tolist() == [NUM_PROMPT, 1]
+        assert steps[0].plan.stages[1].seq_lens.tolist() == [NUM_PROMPT - 10, 4]
+        assert model.decoder.tables.seq_lens[2, :2].tolist() == [NUM_PROMPT - 15, 4]
+    assert [builder.step for builder in model.builders] == [None] * 4
+    with pytest.raises(KeyError, match="lost"), batch.planned({"text": 1, "image": 5}):
+        raise KeyError("lost")
+    assert [builder.step for builder in model.builders] == [None] * 4
+
+
+def test_v1_dummy_runs_have_a_step_of_their_own(model, run):
+    runner = Batch(model, run, [0, 0]).runner
+    with planned_step(runner, num_tokens=8, num_reqs=2, num_scheduled_tokens=None):
+        assert all(builder.step is DUMMY_STEP for builder in model.builders)
+
+
+def test_v1_leaves_other_models_alone(model, run):
+    batch = Batch(model, run, [0, 0])
+    batch.runner.get_model = lambda: SimpleNamespace()
+    with batch.planned({"text": 1, "image": 5}):
+        assert [builder.step for builder in model.builders] == [None] * 4
+
+
+def test_v1_keeps_a_request_s_facts_with_the_request(model, run):
+    batch = Batch(model, run, [0, 0])
+    with batch.planned({"text": 3, "image": NUM_PROMPT}):
+        (prefill,) = model.builders[0].step.plan.prefills
+    routing = batch.states["image"].reroute_routing
+    assert prefill.routing is routing and routing.spans == SPANS
+    assert routing.num_prompt == NUM_PROMPT and routing.text_prefix == 32
+    batch.runner.input_batch.req_ids = ["text", "image"]
+    batch.runner.input_batch.num_computed_tokens_cpu[:2] = [3, NUM_PROMPT - 1]
+    with batch.planned({"text": 1, "image": 1}):
+        (prefill,) = model.builders[0].step.plan.prefills
+        assert (prefill.index, prefill.first, prefill.num_tokens) == (1, 32, NUM_PROMPT - 32)
+    assert prefill.routing is routing
+
+
+@pytest.mark.parametrize("uses_mrope", [False, True])
+def test_v1_positions_of_fetched_tokens(model, run, uses_mrope):
+    batch = Batch(model, run, [50, 0])
+    batch.runner.uses_mrope = uses_mrope
+    with batch.planned({"text": 3, "image": 30}):
+        step = model.builders[0].step
+    places = range(32, 50)
+    assert step.plan.boundary.fetched.position.tolist() == list(places)
+    expect = batch.states["image"].mrope_positions[:, 32:50] if uses_mrope else torch.arange(32, 50)
+    assert torch.equal(step.fetched_positions, expect)
+    with Batch(model, run, [0, 0]).planned({"text": 3, "image": 30}):
+        assert model.builders[0].step.fetched_positions is None
+
+
+def test_v1_padding(model, run):
+    with Batch(model, run, [NUM_PROMPT, 3]).planned({"text": 1, "image": 1}, num_tokens=4):
+        tables = model.decoder.tables
+        assert tables.slot_mappings[:, :2].ge(0).all()
+        assert tables.slot_mappings[:, 2:4].eq(-1).all()
+
+
+def test_v1_s_hook_speaks_of_the_step_with_padding(model, run, monkeypatch):
+    batch = Batch(model, run, [NUM_PROMPT, 3])
+    seen = []
+
+    def original(runner, *args, **kwargs):
+        seen.append([builder.step for builder in model.builders])
+        return "metadata"
+
+    model.decoder.tables.slot_mappings[:, :8] = 5
+    built = MODEL_RUNNER_V1.wrapper(
+        original,
+        batch.runner,
+        num_tokens=2,
+        num_reqs=2,
+        max_query_len=1,
+        num_tokens_padded=6,
+        num_scheduled_tokens={"text": 1, "image": 1},
+    )
+    assert built == "metadata" and isinstance(seen[0][0], RoutedStep)
+    assert model.decoder.tables.slot_mappings[0, 2:8].tolist() == [-1] * 4 + [5, 5]
+
+
+@pytest.fixture
+def state(model):
+    with set_current_vllm_config(model.config):
+        state = RoutedModelState(model.config, model.model, None, CPU)
+    state.initialize_kv_cache(model.kv_cache_config, None)
+    return state
+
+
+def new_request(name, images=(), num_prompt=NUM_PROMPT, generated=0):
+    return NewRequestData(
+        req_id=name,
+        prompt_token_ids=list(range(num_prompt)),
+        mm_features=list(images),
+        sampling_params=None,
+        pooling_params=None,
+        block_ids=(),
+        num_computed_tokens=0,
+        lora_request=None,
+        prefill_token_ids=list(range(num_prompt + generated)),
+    )
+
+
+def v2_batch(names, computed, scheduled):
+    """An `InputBatch` as the V2 runner makes it; without names, one of its dummy runs."""
+    batch = InputBatch.make_dummy(len(scheduled), sum(scheduled), InputBuffers(16, 512, CPU))
+    starts = np.array([0, *np.cumsum(scheduled)], dtype=np.int32)
+    ends = torch.tensor([c + s for c, s in zip(computed, scheduled, strict=True)])
+    batch.req_ids = names or batch.req_ids
+    batch.num_scheduled_tokens = np.array(scheduled, dtype=np.int32)
+    batch.num_computed_tokens_np = np.array(computed, dtype=np.int32)
+    batch.query_start_loc_np, batch.query_start_loc = starts, torch.from_numpy(starts)
+    batch.seq_lens = ends.to(torch.int32)
+    batch.seq_lens_cpu_upper_bound = ends.to(torch.int32)
+    return batch
+
+
+def prepare(model, run, state, batch, **changes):
+    tables = tuple(table[: batch.num_reqs] for table in run.tables)
+    slots = torch.full((len(tables), batch.num_tokens), -1)
+    mode = changes.pop("mode", CUDAGraphMode.NONE)
+    return state.prepare_attn(
+        batch, mode, tables, slots, model.attn_groups, model.kv_cache_config, **changes
+    )
+
+
+def test_v2_hands_the_step_to_build(model, run, state):
+    step = run.plan([0, 1], [30, 5])
+    handed = RoutedAttnMetadata(step).get_extra_attn_kwargs(model.builders[0], 2)
+    assert handed == {"step": step}
+    state.add_request(0, new_request("image", [feature(40, 20)], generated=2))
+    state.add_request(1, new_request("text"))
+    metadata = prepare(model, run, state, v2_batch(["image", "text"], [0, 3], [NUM_PROMPT, 1]))
+    plan = plan_in(metadata)
+    (prefill,) = plan.prefills
+    assert prefill.routing.num_prompt == NUM_PROMPT, "generated tokens are no prompt"
+    assert plan.stages[2].seq_lens.tolist() == [NUM_PROMPT - 15, 4]
+    assert set(metadata) == {name for of in model.layers_of for name in of}
+    assert metadata[model.parked.layer_name].rows is not None
+    assert [builder.step for builder in model.builders] == [None] * 4, "nothing is left behind"
+
+
+def test_v2_dummy_runs_route_nothing(model, run, state):
+    state.add_request(0, new_request("image", [feature(40, 20)]))
+    assert plan_in(prepare(model, run, state, v2_batch(None, [0, 0], [30, 5]))) is None
+    known = v2_batch(["image"], [0], [30])
+    assert plan_in(prepare(model, run, state, known)) is not None
+    # Graphs are captured over the batch's buffers, whatever they hold.
+    captured = prepare(model, run, state, v2_batch(["image"], [0], [1]), for_capture=True)
+    assert plan_in(captured) is None
+
+
+def test_v2_a_batch_half_known_is_an_error(model, run, state):
+    state.add_request(0, new_request("image", [feature(40, 20)]))
+    with pytest.raises(RuntimeError, match="not told of"):
+        prepare(model, run, state, v2_batch(["image", "stranger"], [0, 0], [30, 5]))
+    state.remove_request("image")
+    assert plan_in(prepare(model, run, state, v2_batch(["image"], [0], [5]))) is None
+    state.remove_request("image")
+
+
+@pytest.mark.parametrize("mode", [CUDAGraphMode.NONE, CUDAGraphMode.FULL])
+def test_v2_pads_where_a_full_graph_replays(model, run, state, mode):
+    state.add_request(0, new_request("text"))
+    batch = v2_batch(["text"], [4], [1])
+    batch.num_tokens_after_padding = 3
+    model.decoder.tables.slot_mappings[:, :4] = 7
+    prepare(model, run, state, batch, mode=mode)
+    slots = model.decoder.tables.slot_mappings[0, 1:4].tolist()
+    assert slots == ([-1, -1, 7] if mode == CUDAGraphMode.FULL else [7, 7, 7])
+
+
+def test_v2_positions_of_fetched_tokens(model, state):
+    places = Places(np.array([1, 1, 0]), np.array([5, 9, 2]))
+    batch = v2_batch(["a", "b"], [10, 10], [1, 1])
+    batch.idx_mapping_np = np.array([3, 1])
+    assert state._positions(batch, places).tolist() == [5, 9, 2]
+    table = torch.arange(16 * 3 * 20).view(48, 20).int()
+    state.rope_state = SimpleNamespace(prefill_positions=SimpleNamespace(gpu=table), num_dims=3)
+    expect = [[int(table[r * 3 + d, p]) for r, p in ((1, 5), (1, 9), (3, 2))] for d in range(3)]
+    found = state._positions(batch, places)
+    assert found.tolist() == expect and found.dtype == torch.int64
