@@ -7,7 +7,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from vllm_reroute.startup.admission import check_request
+from vllm_reroute.admission.checks import check_request
 
 from .parts import VISUAL, feature
 

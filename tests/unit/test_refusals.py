@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import vllm
 from transformers import AutoConfig, LlamaConfig
-from vllm.config import CompilationConfig, KVEventsConfig, KVTransferConfig
+from vllm.config import CompilationConfig, KVEventsConfig, KVTransferConfig, PoolerConfig
 from vllm.config.ec_transfer import ECTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -48,6 +48,19 @@ BAD_VALUES = {
     "max_num_scheduled_tokens": (256, "256"),
     "quantization": ("fp8", "fp8"),
     "scheduler_cls": ("mine.Scheduler", "mine.Scheduler"),
+    "spec_method": ("ngram", "ngram"),
+    "spec_model": ("some/draft", "some/draft"),
+    "spec_tokens": (3, "3"),
+    "long_prefill_token_threshold_adaptive": (True, "True"),
+    "worker_cls": ("mine.Worker", "mine.Worker"),
+    "model_impl": ("transformers", "transformers"),
+    "model_class_overrides": ({"LlavaForConditionalGeneration": "mine:Llava"}, "mine:Llava"),
+    "convert": ("embed", "embed"),
+    "pooler_config": (PoolerConfig(), "PoolerConfig"),
+    "language_model_only": (True, "True"),
+    "mm_encoder_only": (True, "True"),
+    "cpu_offload_gb": (1, "1"),
+    "offload_group_size": (2, "2"),
     "runner": ("pooling", "pooling"),
     "kv_cache_dtype": ("fp8", "fp8"),
 }
