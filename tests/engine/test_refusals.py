@@ -56,9 +56,7 @@ def ask_past_the_front_end(llm: Any, ask: Ask, options: dict[str, Any]) -> str:
     engine = llm.llm_engine
     unchecked = inspect.unwrap(InputProcessor.process_inputs)
     prompt = llm._preprocess_cmpl_one(ask.prompt())
-    request = unchecked(
-        engine.input_processor, "past", prompt, greedy(4, options), ("generate",)
-    )
+    request = unchecked(engine.input_processor, "past", prompt, greedy(4, options), ("generate",))
     try:
         engine.engine_core.add_request(request)
     except ValueError as error:

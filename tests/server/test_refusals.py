@@ -36,22 +36,21 @@ PROCESSES = {
     "one": [],
     "two-api-servers": ["--api-server-count", "2"],
     "data-parallel-two": ["--data-parallel-size", "2"],
-    "ray-tensor-parallel-two": [
-        *("--distributed-executor-backend", "ray", "--tensor-parallel-size", "2")
-    ],
+    "tensor-parallel-two": ["--tensor-parallel-size", "2"],
 }
 
 
 @pytest.mark.parametrize("words", PROCESSES.values(), ids=PROCESSES)
 def test_refused_alike_and_answered_right(model: Path, words: list[str]) -> None:
-    """Whatever processes there are, spawned ones too: F1, F2, F5, F7 of one table."""
-    if "ray" in words:
-        pytest.importorskip("ray")
+    """Whatever processes there are, spawned ones too."""
     words = [*SERVER_WORDS, "--trust-request-chat-template", *words]
     with LocalServer("test-refusals", model, words, start_limit_s=400) as server:
-        # Connections go to either API server, so each case is asked more than once.
-        for rank in ("0", "1") if "--data-parallel-size" in words else ("", ""):
-            check_refusals(server.url, **({"X-data-parallel-rank": rank} if rank else {}))
+        # Of two ranks each is asked; of two API servers, whichever accepts a connection.
+        if "--data-parallel-size" in words:
+            for rank in ("0", "1"):
+                check_refusals(server.url, **{"X-data-parallel-rank": rank})
+        else:
+            check_refusals(server.url)
         check_refusals_at_once(server.url)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
         check_concurrent_answers(client, model, TINY.text_layers)

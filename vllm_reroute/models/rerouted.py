@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from vllm.config import VllmConfig
 from vllm.sequence import IntermediateTensors
@@ -88,8 +86,3 @@ class Rerouted:
         )
         self.step_done(num_tokens)
         return output
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        loaded = super().load_weights(weights)
-        self.routed_decoder.take_key_weights()
-        return loaded
