@@ -198,13 +198,13 @@ def test_this_vllm_is_the_tested_one():
     check_vllm()
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.33.1", "1.0.0", "0.320.0"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "1.0.0", "0.320.0"])
 def test_another_version_is_refused(monkeypatch, engine_config, version):
     monkeypatch.setattr(vllm, "__version__", version)
     with pytest.raises(RuntimeError) as refused:
         check_vllm()
     for part in (
-        "tested with vLLM 0.32.*",
+        "tested with vLLM 0.32.* and 0.33.*",
         f"the version is {version}",
         "pip install 'vllm==0.32.*'",
     ):
