@@ -9,6 +9,8 @@ PIP_ARGS ?=
 ARGS ?=
 # Test processes side by side. Each holds two small engines at most; their work is single-threaded.
 WORKERS ?= 2
+# Another vLLM series to test with: its Python files over the installed compiled parts.
+VLLM ?=
 # Where PyTorch publishes its CPU wheels, if pip's own configuration does not lead to them (see pytorch.org).
 TORCH_CPU_INDEX ?=
 
@@ -40,8 +42,9 @@ quality: $(READY) ## ask dense, routed and downsampled servers the same question
 bench: $(READY) ## measure routed engines against stock vLLM, about 40 minutes (ARGS="--quick" for a trial)
 	@$(OFFLINE) $(BIN)/python -m benchmarks.bench $(ARGS)
 
-test: $(READY) ## run the tests (ARGS="-k name" for some of them)
+test: $(READY) ## run the tests (ARGS="-k name" for some of them; VLLM=0.33 for a preview with that vLLM's Python)
 	@$(OFFLINE) OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+	  $(if $(VLLM),PYTHONPATH="$$($(BIN)/python -m versions.overlay $(VLLM))") \
 	  $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
 
 serve: $(READY) ## serve the demo's model, for example ARGS="--reroute-schedule pdrop --port 8000"

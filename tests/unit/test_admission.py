@@ -1,13 +1,22 @@
 """Which requests a routed engine turns away, before they can wait or fail inside it."""
 
+import gc
+import pickle
+import subprocess
+import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache
+from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from vllm_reroute.startup.admission import check_request
+from vllm_reroute.admission.checks import check_asked, check_request
+from vllm_reroute.admission.sent_pictures import SendingCache, SentPictures
 
 from .parts import VISUAL, feature
 
@@ -79,3 +88,101 @@ def test_refused_for_the_client_to_see(refused, words, vllm_config):
         check_request(refused, vllm_config)
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
     assert error.value.parameter is not None
+
+
+IN_ANOTHER_PROCESS = """
+import pickle, sys
+import vllm.plugins
+vllm.plugins.load_general_plugins()  # as every process of vLLM does
+vllm_config = pickle.load(sys.stdin.buffer)
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.entrypoints.llm import LLM
+from vllm.multimodal import MULTIMODAL_REGISTRY
+hooked = (InputProcessor.process_inputs, OnlineRenderer.preprocess_chat, LLM.beam_search)
+assert not any(hasattr(one, "__wrapped__") for one in hooked)
+MULTIMODAL_REGISTRY.create_processor(vllm_config.model_config)
+assert not any(hasattr(one, "__wrapped__") for one in hooked)
+hooked = (InputProcessor.process_inputs, OnlineRenderer.preprocess_chat, LLM.beam_search)
+assert all(hasattr(one, "__wrapped__") for one in hooked) is (sys.argv[1] == "routed")
+assert not hasattr(EngineCore.preprocess_add_request, "__wrapped__")
+"""
+
+
+@pytest.mark.parametrize("kind", ["routed", "stock"])
+def test_a_process_that_only_gets_the_config_is_ready(kind, engine_config):
+    """The front end's checks come with the model's processor; a stock one brings none."""
+    additional = {"reroute": {"schedule": "pdrop"}} if kind == "routed" else {}
+    config = engine_config(additional_config=additional, max_model_len=512)
+    subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_PROCESS, kind], input=pickle.dumps(config), check=True
+    )
+
+
+def small_item(value):
+    return MultiModalKwargsItem.dummy(value)
+
+
+@pytest.fixture
+def cache(vllm_config):
+    return LruKeyReplicatedSenderCache(vllm_config.model_config)
+
+
+def rendered(cache, mm_hash="picture"):
+    """What one prompt's processing gets for a picture: data, or None where the engine has it."""
+    view = SendingCache(cache, SentPictures.of(cache))
+    known = view.is_cached([mm_hash]) == [True]
+    item, updates = view.get_and_update_item(None if known else (small_item(1), ["u"]), mm_hash)
+    assert updates == ["u"]
+    return item
+
+
+def sent(cache, item, mm_hash="picture"):
+    one = feature(5, VISUAL)
+    SentPictures.of(cache).mark([replace(one, data=item, mm_hash=mm_hash)])
+
+
+def test_a_picture_counts_as_known_once_it_was_sent(cache):
+    first = rendered(cache)
+    assert first is not None
+    assert rendered(cache) is first, "refused or waiting: nobody has sent it"
+    sent(cache, first)
+    assert rendered(cache) is None
+
+
+def test_a_picture_that_was_lost_is_processed_again(cache):
+    rendered(cache)
+    gc.collect()
+    again = rendered(cache)
+    assert again is not None
+    sent(cache, again)
+    assert rendered(cache) is None and rendered(cache, "other") is not None
+    cache.clear_cache()
+    assert rendered(cache) is not None
+
+
+def test_stock_vllm_still_needs_this(cache):
+    """Once its own cache waits for the sending, `sent_pictures.py` can go."""
+    item, _ = cache.get_and_update_item((small_item(1), ["u"]), "picture")
+    assert item is not None
+    assert cache.get_and_update_item(None, "picture")[0] is None
+
+
+@pytest.mark.parametrize(
+    "asked,parameter",
+    [
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"echo": True, "top_logprobs": 0}, "echo"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"echo": True, "top_logprobs": None}, None),
+        ({"top_logprobs": 3, "logprobs": True, "n": 2}, None),
+    ],
+)
+def test_the_error_names_what_the_client_sent(asked, parameter):
+    if parameter is None:
+        check_asked(SimpleNamespace(**asked))
+        return
+    with pytest.raises(VLLMValidationError) as error:
+        check_asked(SimpleNamespace(**asked))
+    assert error.value.parameter == parameter and f"Leave {parameter} out" in str(error.value)

@@ -17,10 +17,11 @@ import vllm
 
 import vllm_reroute
 from vllm_reroute.vllm_seams.hook import Hook
-from vllm_reroute.vllm_seams.seams import TESTED_VERSION
+from vllm_reroute.vllm_seams.seams import TESTED_VERSIONS
 
-PATCHES = Path(__file__).parents[2] / "patches"
-LEDGER = tomllib.loads((PATCHES / "ledger.toml").read_text(encoding="utf-8"))
+LEDGER_FOLDER = Path(__file__).parents[2] / "patches"
+PATCHES = LEDGER_FOLDER / ".".join(vllm.__version__.split(".")[:2])
+LEDGER = tomllib.loads((LEDGER_FOLDER / "ledger.toml").read_text(encoding="utf-8"))
 ENTRIES = {entry["name"]: entry for entry in LEDGER["patch"]}
 SITE = Path(vllm.__file__).parents[1]
 
@@ -43,13 +44,14 @@ every_hook = pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
 
 
 def test_hooks_ledger_and_diffs_are_the_same_set():
-    diffs = {path.stem for path in PATCHES.glob("*.diff")}
-    assert set(HOOKS) == set(ENTRIES) == diffs
-    assert len(LEDGER["patch"]) == len(ENTRIES) == 5
+    for series in TESTED_VERSIONS:
+        diffs = {path.stem for path in (LEDGER_FOLDER / series).glob("*.diff")}
+        assert set(HOOKS) == set(ENTRIES) == diffs, series
+    assert len(LEDGER["patch"]) == len(ENTRIES) == 7
 
 
-def test_the_ledger_speaks_of_the_tested_version():
-    assert LEDGER["vllm"].startswith(f"{TESTED_VERSION}.")
+def test_the_ledger_speaks_of_the_tested_versions():
+    assert LEDGER["vllm"] == list(TESTED_VERSIONS)
 
 
 @every_hook
@@ -113,7 +115,9 @@ def function(text: str, qualname: str) -> str:
         if isinstance(node, ast.ClassDef) and node.name == owner
     ]
     (method,) = [
-        node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == name
+        node
+        for node in cls.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name
     ]
     return ast.dump(method)
 

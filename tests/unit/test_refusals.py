@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import vllm
 from transformers import AutoConfig, LlamaConfig
-from vllm.config import CompilationConfig, KVEventsConfig, KVTransferConfig
+from vllm.config import CompilationConfig, KVEventsConfig, KVTransferConfig, PoolerConfig
 from vllm.config.ec_transfer import ECTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -46,6 +46,19 @@ BAD_VALUES = {
     "video_pruning_rate": (0.5, "0.5"),
     "quantization": ("fp8", "fp8"),
     "scheduler_cls": ("mine.Scheduler", "mine.Scheduler"),
+    "spec_method": ("ngram", "ngram"),
+    "spec_model": ("some/draft", "some/draft"),
+    "spec_tokens": (3, "3"),
+    "long_prefill_token_threshold_adaptive": (True, "True"),
+    "worker_cls": ("mine.Worker", "mine.Worker"),
+    "model_impl": ("transformers", "transformers"),
+    "model_class_overrides": ({"LlavaForConditionalGeneration": "mine:Llava"}, "mine:Llava"),
+    "convert": ("embed", "embed"),
+    "pooler_config": (PoolerConfig(), "PoolerConfig"),
+    "language_model_only": (True, "True"),
+    "mm_encoder_only": (True, "True"),
+    "cpu_offload_gb": (1, "1"),
+    "offload_group_size": (2, "2"),
     "runner": ("pooling", "pooling"),
     "kv_cache_dtype": ("fp8", "fp8"),
 }
@@ -183,13 +196,13 @@ def test_this_vllm_is_the_tested_one():
     check_vllm()
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.33.1", "1.0.0", "0.320.0"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "1.0.0", "0.320.0"])
 def test_another_version_is_refused(monkeypatch, engine_config, version):
     monkeypatch.setattr(vllm, "__version__", version)
     with pytest.raises(RuntimeError) as refused:
         check_vllm()
     for part in (
-        "tested with vLLM 0.32.*",
+        "tested with vLLM 0.32.* and 0.33.*",
         f"the version is {version}",
         "pip install 'vllm==0.32.*'",
     ):

@@ -10,6 +10,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from vllm_reroute.admission.engine_core import ENGINE_CORE
 from vllm_reroute.kv_cache.layered_manager import LayeredManager
 from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.parked_manager import ParkedManager
@@ -128,6 +129,7 @@ class RoutedAsyncScheduler(RoutedSchedulerMixin, AsyncScheduler):
 
 def routed_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Scheduler:
     """`--scheduler-cls` of a routed engine: the subclass that fits `async_scheduling`."""
+    ENGINE_CORE.install()
     scheduler = vllm_config.scheduler_config
     scheduler_cls = RoutedAsyncScheduler if scheduler.async_scheduling else RoutedScheduler
     return scheduler_cls(vllm_config, *args, **kwargs)

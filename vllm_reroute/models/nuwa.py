@@ -24,6 +24,7 @@ class Nuwa:
     """
 
     aggregation: Aggregation
+    images_only = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from vllm.config import VllmConfig
 from vllm.sequence import IntermediateTensors
 
+from vllm_reroute.admission.processor import admitting
 from vllm_reroute.routing.decoder import RoutedDecoder
 from vllm_reroute.routing.scorers.attention import LAST_TOKEN, ScoringRule
 from vllm_reroute.runners import connect_runner
@@ -20,7 +19,15 @@ class Rerouted:
     Vision tower, merging of embeddings, positions, weights and processor stay vLLM's. A family
     whose decoder is not `language_model.model` overrides `decoder`; one that adds features
     between layers overrides `layer_additions`.
+
+    images_only: whether requests with videos are refused.
     """
+
+    images_only = False
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._processor_factory = admitting(cls._processor_factory, images_only=cls.images_only)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -79,8 +86,3 @@ class Rerouted:
         )
         self.step_done(num_tokens)
         return output
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        loaded = super().load_weights(weights)
-        self.routed_decoder.take_key_weights()
-        return loaded

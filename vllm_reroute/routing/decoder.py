@@ -78,11 +78,6 @@ class RoutedDecoder(nn.Module):
             else None
         )
 
-    def take_key_weights(self) -> None:
-        """Call once the decoder's weights have been loaded, before vLLM processes them."""
-        for scorer in self._scorers.values():
-            scorer.take_key_weights()
-
     def forward(
         self,
         hidden_states: torch.Tensor,

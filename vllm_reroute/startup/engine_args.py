@@ -8,37 +8,12 @@ from typing import Any
 
 from vllm_reroute.families.short_names import resolve_model
 from vllm_reroute.schedule import CONFIG_KEY, RerouteOptions
-from vllm_reroute.startup.flags import add_reroute_flags, options_from_flags
+from vllm_reroute.startup.flags import add_reroute_flags, fold_flags_when_parsed
 from vllm_reroute.vllm_seams.hook import Hook
 
 
 def _add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser) -> Any:
-    return add_reroute_flags(original(parser))
-
-
-def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
-    given = options_from_flags(args)
-    if given:
-        _use_short_name(args)
-    engine_args = original(cls, args)
-    if given:
-        additional = engine_args.additional_config or {}
-        if CONFIG_KEY in additional:
-            raise ValueError(
-                f"--reroute-{next(iter(given))} and --additional-config with a {CONFIG_KEY!r} entry "
-                "exclude each other. Give the options one way."
-            )
-        engine_args.additional_config = {**additional, CONFIG_KEY: given}
-    return engine_args
-
-
-def _use_short_name(args: argparse.Namespace) -> None:
-    """Replace a short model name by its id, and keep answering to both."""
-    short = args.model
-    full = resolve_model(short)
-    if full != short:
-        args.model = full
-        args.served_model_name = getattr(args, "served_model_name", None) or [short, full]
+    return fold_flags_when_parsed(add_reroute_flags(original(parser)))
 
 
 def _create_engine_config(
@@ -74,6 +49,5 @@ def _hook(method: str, parameters: tuple[str, ...], wrapper: Callable[..., Any])
 
 ENGINE_ARGS = (
     _hook("add_cli_args", ("parser",), _add_cli_args),
-    _hook("from_cli_args", ("cls", "args"), _from_cli_args),
     _hook("create_engine_config", ("self", "usage_context", "headless"), _create_engine_config),
 )

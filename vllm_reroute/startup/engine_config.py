@@ -14,7 +14,6 @@ from vllm_reroute.nuwa.requirements import check_encoder_options
 from vllm_reroute.schedule import CONFIG_KEY, SCHEDULE_KEY, RerouteOptions
 from vllm_reroute.startup.architecture import RoutedArchitecture
 from vllm_reroute.startup.calibrated import with_calibration
-from vllm_reroute.startup.input_processor import INPUT_PROCESSOR
 from vllm_reroute.startup.refusals import check_arguments, check_config
 from vllm_reroute.vllm_seams.seams import check_vllm
 
@@ -33,7 +32,6 @@ def request_routing(engine_args: EngineArgs, options: RerouteOptions) -> Iterato
     """
     check_vllm()
     check_arguments(engine_args)
-    INPUT_PROCESSOR.install()
     wanted = {
         "hf_overrides": RoutedArchitecture(
             engine_args.hf_overrides, nuwa=options.starts_in_encoder

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from vllm_reroute.families.short_names import resolve_model
+from vllm_reroute.schedule import CONFIG_KEY
 from vllm_reroute.schedule.options import (
     DEFAULT_ACTION,
     DEFAULT_SCORER,
@@ -102,3 +104,41 @@ def options_from_flags(args: argparse.Namespace) -> dict[str, Any]:
         for name, value in vars(args).items()
         if name.startswith(_PREFIX) and value is not None
     }
+
+
+def fold_flags_when_parsed(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Make the parser turn reroute flags into an entry of `additional_config`, vLLM's own argument.
+
+    So they reach every process that is handed the parsed arguments, whether or not this plugin is
+    loaded there before it reads them.
+    """
+    parse = parser.parse_known_args
+
+    def parse_and_fold(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
+        parsed, rest = parse(*args, **kwargs)
+        given = options_from_flags(parsed)
+        if given:
+            additional = getattr(parsed, "additional_config", None) or {}
+            if CONFIG_KEY in additional:
+                parser.error(
+                    f"--reroute-{next(iter(given))} and --additional-config with a {CONFIG_KEY!r} "
+                    "entry exclude each other. Give the options one way."
+                )
+            parsed.additional_config = {**additional, CONFIG_KEY: given}
+            for name in given:
+                delattr(parsed, _PREFIX + name)
+            _use_short_name(parsed)
+        return parsed, rest
+
+    parser.parse_known_args = parse_and_fold
+    return parser
+
+
+def _use_short_name(parsed: argparse.Namespace) -> None:
+    """Replace a short model name by its id, and keep answering to both."""
+    for name in ("model_tag", "model"):
+        short = getattr(parsed, name, None)
+        full = resolve_model(short) if short else short
+        if full != short:
+            setattr(parsed, name, full)
+            parsed.served_model_name = getattr(parsed, "served_model_name", None) or [short, full]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
 
-TESTED_VERSION = "0.32"
+TESTED_VERSIONS = ("0.32", "0.33")
+"""Series whose private parts fit. The first has a CPU build; the others ran as previews, see docs/."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +91,15 @@ SEAMS = (
 
 
 def check_vllm() -> None:
-    """Raises RuntimeError unless this vLLM is the tested version with the expected private parts."""
+    """Raises RuntimeError unless this vLLM is a tested version with the expected private parts."""
     import vllm
 
     problems = [problem for seam in SEAMS if (problem := seam.problem())]
-    if not vllm.__version__.startswith(f"{TESTED_VERSION}."):
+    if not vllm.__version__.startswith(tuple(f"{series}." for series in TESTED_VERSIONS)):
         problems.insert(0, f"the version is {vllm.__version__}")
     if problems:
         raise RuntimeError(
-            f"vllm_reroute is tested with vLLM {TESTED_VERSION}.*, but in this installation "
-            f"{'; '.join(problems)}. Install the tested version: pip install "
-            f"'vllm=={TESTED_VERSION}.*'."
+            f"vllm_reroute is tested with vLLM {'.* and '.join(TESTED_VERSIONS)}.*, but in this "
+            f"installation {'; '.join(problems)}. Install a tested version: pip install "
+            f"'vllm=={TESTED_VERSIONS[0]}.*'."
         )

@@ -76,6 +76,35 @@ def alike_on_all_ranks(scores: torch.Tensor, heads: HeadReduction) -> torch.Tens
     return tp_group.broadcast(tp_group.all_reduce(scores), src=0)
 
 
+class KeepsKeyRows(UnquantizedLinearMethod):
+    """An unquantised q/k/v projection whose key rows can be read whenever scores are due.
+
+    Rows are read from the weight in use. On CPU vLLM repacks the weight and drops the original,
+    so they are copied just before: every load and reload of a layer comes through here.
+    """
+
+    def __init__(self, stock: UnquantizedLinearMethod, rows: slice) -> None:
+        vars(self).update(vars(stock))
+        self.rows = rows
+        self._copied: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        before = layer.weight
+        self._copied = None
+        rows = self.key_rows(layer)
+        copies = tuple(None if t is None else t.clone() for t in rows)
+        super().process_weights_after_loading(layer)
+        if len(layer.weight) != len(before):
+            self._copied = copies
+
+    def key_rows(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight [kv, hidden] and bias [kv] or None of the keys."""
+        if self._copied is not None:
+            return self._copied
+        bias = getattr(layer, "bias", None)
+        return layer.weight.detach()[self.rows], None if bias is None else bias.detach()[self.rows]
+
+
 class LastTokenScorer:
     """Scores the visual tokens of a step's image prompts at one decision layer.
 
@@ -94,25 +123,11 @@ class LastTokenScorer:
         self.num_heads = get_tp_group().world_size * self.attention.num_heads
         modules = dict(self.attention.named_children())
         self._head_norms = {n: modules[n] for n in ("q_norm", "k_norm") if n in modules}
-        self._key_weight: torch.Tensor | None = None
-        self._key_bias: torch.Tensor | None = None
-
-    def take_key_weights(self) -> None:
-        """Remember the key rows of the fused projection; call when weights have been loaded.
-
-        Only unquantised weights can be sliced; others use the whole fused projection. On CPU the
-        rows are copied, because vLLM repacks the weight and drops the original.
-        """
-        projection = self.attention.qkv_proj
-        if not isinstance(projection.quant_method, UnquantizedLinearMethod):
-            return
-        q, kv = self.attention.q_size, self.attention.kv_size
-        rows = slice(q, q + kv)
-        weight, bias = projection.weight, getattr(projection, "bias", None)
-        copied = weight.device.type == "cpu"
-        self._key_weight = weight.detach()[rows].clone() if copied else weight.detach()[rows]
-        if bias is not None:
-            self._key_bias = bias.detach()[rows].clone() if copied else bias.detach()[rows]
+        # Only unquantised weights can be sliced; others use the whole fused projection.
+        projection, first = self.attention.qkv_proj, self.attention.q_size
+        if type(projection.quant_method) is UnquantizedLinearMethod:
+            rows = slice(first, first + self.attention.kv_size)
+            projection.quant_method = KeepsKeyRows(projection.quant_method, rows)
 
     def score(
         self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
@@ -191,10 +206,11 @@ class LastTokenScorer:
 
     def _keys(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         attention, normed = self.attention, self.norm(states)
-        if self._key_weight is not None:
-            keys = nn.functional.linear(normed, self._key_weight, self._key_bias)
+        projection = attention.qkv_proj
+        if isinstance(projection.quant_method, KeepsKeyRows):
+            keys = nn.functional.linear(normed, *projection.quant_method.key_rows(projection))
         else:
-            fused, _ = attention.qkv_proj(normed)
+            fused, _ = projection(normed)
             first = attention.q_size
             keys = fused[:, first : first + attention.kv_size].contiguous()
         keys = self._head_norm("k_norm", keys)

@@ -19,9 +19,6 @@ class RandomScorer:
     def __init__(self, layer: int) -> None:
         self.layer = layer
 
-    def take_key_weights(self) -> None:
-        """Nothing is read from the model."""
-
     def score(
         self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
     ) -> torch.Tensor:

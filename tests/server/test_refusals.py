@@ -1,0 +1,97 @@
+"""Refusals, the same in every process that takes requests, and whole answers beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import openai
+import pytest
+
+from benchmarks.local_model import TINY, build_local_model
+from benchmarks.local_server import ENVIRONMENT, LocalServer, vllm_command
+from tests.server.chat import check_concurrent_answers
+from tests.server.refusals import (
+    SERVER_WORDS,
+    cases,
+    chat,
+    check_refusals,
+    check_refusals_at_once,
+    new_picture,
+    post,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_local_model(
+        tmp_path_factory.mktemp("refusing") / "tiny-llava", replace(TINY, image_size=112)
+    )
+
+
+PROCESSES = {
+    "one": [],
+    "two-api-servers": ["--api-server-count", "2"],
+    "data-parallel-two": ["--data-parallel-size", "2"],
+    "tensor-parallel-two": ["--tensor-parallel-size", "2"],
+}
+
+
+@pytest.mark.parametrize("words", PROCESSES.values(), ids=PROCESSES)
+def test_refused_alike_and_answered_right(model: Path, words: list[str]) -> None:
+    """Whatever processes there are, spawned ones too."""
+    words = [*SERVER_WORDS, "--trust-request-chat-template", *words]
+    with LocalServer("test-refusals", model, words, start_limit_s=400) as server:
+        # Of two ranks each is asked; of two API servers, whichever accepts a connection.
+        if "--data-parallel-size" in words:
+            for rank in ("0", "1"):
+                check_refusals(server.url, **{"X-data-parallel-rank": rank})
+        else:
+            check_refusals(server.url)
+        check_refusals_at_once(server.url)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
+        check_concurrent_answers(client, model, TINY.text_layers)
+        assert server.metric("vllm:num_requests_waiting") == 0
+
+
+def test_a_batch_file_is_answered_line_by_line(model: Path, tmp_path: Path) -> None:
+    """`vllm run-batch`: a refused line costs no other line anything."""
+    lines, expected = [], {}
+    for name, refused, stream in cases():
+        if stream or refused.path != "/v1/chat/completions" or "chat_template" in refused.options:
+            continue
+        picture = new_picture()
+        for key, body, status in (
+            (f"{name}-bad", refused.body(picture, False), 400),
+            (f"{name}-good", chat(picture), 200),
+        ):
+            expected[key] = (status, refused.cure if status == 400 else "")
+            line = {"custom_id": key, "method": "POST", "url": refused.path, "body": body}
+            lines.append(json.dumps(line))
+    assert len(lines) == 8
+    (tmp_path / "in.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    command = [str(vllm_command()), "run-batch", "-i", str(tmp_path / "in.jsonl")]
+    command += ["-o", str(tmp_path / "out.jsonl"), "--model", str(model), *SERVER_WORDS]
+    done = subprocess.run(
+        command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    found = {one["custom_id"]: (one["response"]["status_code"], json.dumps(one)) for one in out}
+    for key, (status, cure) in expected.items():
+        assert found[key][0] == status and cure in found[key][1], (key, found[key])
+
+
+def test_post_reports_what_is_refused_by_nobody(model: Path) -> None:
+    """The table's own teeth: a stock server answers these requests."""
+    words = [word for word in SERVER_WORDS if "reroute" not in word]
+    words = [word for word in words if word not in ("pdrop", "128")]
+    with LocalServer(
+        "test-stock", model, [*words, "--trust-request-chat-template"], start_limit_s=300
+    ) as server:
+        for name, refused, stream in cases():
+            status, text = post(server.url + refused.path, refused.body(new_picture(), stream))
+            assert status == 200 and '"error": {' not in text, (name, stream, text)
