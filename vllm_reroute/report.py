@@ -1,19 +1,16 @@
-"""What a user is told about a schedule: the engine's start-up block and the plan table."""
+"""What a user is told about a schedule, at start and by `vllm-reroute plan`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from vllm_reroute.families.deepstack import first_decision_layer
-from vllm_reroute.families.visual_tokens import fixed_visual_tokens, visual_tokens_per_image
-from vllm_reroute.plan.capacity import candidate_capacity
-from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
+from vllm_reroute.families.visual_tokens import fixed_visual_tokens
+from vllm_reroute.schedule.footprint import RequestFootprint
 from vllm_reroute.schedule.routing_schedule import RoutingSchedule
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 MIB = 2**20
 
@@ -65,39 +62,6 @@ def footprint_lines(footprint: RequestFootprint) -> list[str]:
         f"  routed {routed / MIB:9.3f} MiB  ({routed / dense:.1%} of dense, "
         f"{routed / footprint.ideal_bytes - 1:.1%} above the ideal)",
     ]
-
-
-def engine_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
-    """The block a routed engine logs once it knows its KV pool."""
-    schedule = RoutingSchedule.of(vllm_config)
-    model_config = vllm_config.model_config
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    num_visual = visual_tokens_per_image(model_config.hf_config)
-    footprint = RequestFootprint(
-        schedule=schedule,
-        num_visual=num_visual,
-        num_text=TYPICAL_TEXT_TOKENS,
-        bytes_per_token=spec.page_size_bytes // spec.block_size,
-        block_size=spec.block_size,
-    )
-    # One block of every pool is vLLM's null block.
-    usable = kv_cache_config.num_blocks - 1
-    rows = candidate_capacity(
-        vllm_config.scheduler_config.max_num_batched_tokens, model_config.max_model_len
-    )
-    row_bytes = model_config.hf_text_config.hidden_size * model_config.dtype.itemsize
-    held = rows * row_bytes if schedule.reroutes else 0
-    lines = [
-        *schedule_lines(schedule, num_visual),
-        *model_lines(model_config.hf_config, num_visual),
-        "",
-        *footprint_lines(footprint),
-        f"image requests that fit the KV pool at once: {usable // footprint.routed_blocks} routed, "
-        f"{usable * footprint.block_size * footprint.bytes_per_token // footprint.dense_bytes} dense",
-        f"deferred-token buffer: {held / MIB:.3f} MiB on every worker "
-        f"({rows if held else 0} rows of {row_bytes} bytes), allocated with the model",
-    ]
-    return "visual-token routing\n" + "\n".join(f"  {line}".rstrip() for line in lines)
 
 
 def model_lines(hf_config: PretrainedConfig, num_visual: int) -> list[str]:

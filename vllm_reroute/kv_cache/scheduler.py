@@ -11,13 +11,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_reroute.admission.engine_core import ENGINE_CORE
+from vllm_reroute.kv_cache.engine_report import engine_report
 from vllm_reroute.kv_cache.layered_manager import LayeredManager
 from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.parked_manager import ParkedManager
 from vllm_reroute.kv_cache.prefix_hits import PrefixHits
 from vllm_reroute.kv_cache.settled_requests import SettledRequests
 from vllm_reroute.logger import reroute_logger
-from vllm_reroute.report import engine_report
 from vllm_reroute.schedule import RoutingSchedule
 
 logger = reroute_logger(__name__)
