@@ -34,6 +34,8 @@ setup(
             "tqdm>=4.66",
             "ruff>=0.12",
         ],
+        # What `vllm-reroute calibrate` shows besides numbers: a plot and a progress bar.
+        "calibrate": ["matplotlib>=3.9", "tqdm>=4.66"],
         # For an environment of its own: benchmarks/quality/README.md.
         "lmms": ["lmms-eval==0.7.3"],
     },

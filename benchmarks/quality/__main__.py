@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.grounding.questions import questions
 from benchmarks.quality import report
 from benchmarks.quality.asking import Endpoint, Prompt, prompts_of
-from benchmarks.quality.methods import METHODS, Configuration, configurations
+from benchmarks.quality.methods import CALIBRATED, METHODS, Configuration, configurations
 from benchmarks.quality.model_shape import DEFAULT_MODEL, ModelShape, fingerprint
 from benchmarks.quality.results import results, rows_in
 from benchmarks.quality.run import SPLIT, run, run_own_server
@@ -64,8 +64,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--only",
         nargs="+",
         metavar="METHOD",
-        default=list(METHODS),
-        help=f"of: {', '.join(METHODS)} (default: all)",
+        help=f"of: {', '.join(METHODS)} (default: all, calibrated ones for the grounding model alone)",
     )
     parser.add_argument(
         "--budgets", nargs="+", type=float, default=BUDGETS, metavar="PERCENT",
@@ -151,7 +150,10 @@ def planned(args: argparse.Namespace) -> tuple[Path, ModelShape, list[Configurat
     """The model to serve, its shape, and the servers to ask."""
     model = Path(args.model) if args.model else DEFAULT_MODEL
     shape = ModelShape.of(model)
-    return model, shape, configurations(args.only, [each / 100 for each in args.budgets], shape)
+    # Calibrated schedules are those of one model.
+    ours = model.resolve() == DEFAULT_MODEL
+    methods = args.only or [name for name in METHODS if ours or name not in CALIBRATED]
+    return model, shape, configurations(methods, [each / 100 for each in args.budgets], shape)
 
 
 def ask(

@@ -8,7 +8,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from benchmarks.grounding.calibrate import REMOVE, REMOVE_ONCE, REROUTE, REROUTE_FALLING, Kind
 from benchmarks.quality.model_shape import ModelShape
+from vllm_reroute.calibration.file import CalibratedSchedule
 from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
 from vllm_reroute.schedule.budget import (
     REFERENCE_VISUAL_TOKENS,
@@ -51,8 +53,8 @@ class Routing:
 
 DENSE, DOWNSAMPLE = "dense", "downsample"
 ACCUMULATED = ("--reroute-scorer", "accumulated")
-# None: not routed.
-METHODS: dict[str, Routing | None] = {
+# None: not routed. A kind of calibrated schedule is one file per budget, made for one model.
+METHODS: dict[str, Routing | Kind | None] = {
     DENSE: None,
     "random": Routing(schedule="fastv", action="remove", flags=("--reroute-scorer", "random")),
     DOWNSAMPLE: None,
@@ -67,7 +69,12 @@ METHODS: dict[str, Routing | None] = {
     "nuwa remove": Routing(schedule="nuwa", action="remove"),
     "nuwa reroute A": Routing(schedule="nuwa", action="reroute", variant="A"),
     "nuwa reroute B": Routing(schedule="nuwa", action="reroute", variant="B"),
+    "calibrated remove once": REMOVE_ONCE,
+    "calibrated remove": REMOVE,
+    "calibrated reroute": REROUTE,
+    "calibrated reroute falling": REROUTE_FALLING,
 }
+CALIBRATED = tuple(name for name, method in METHODS.items() if isinstance(method, Kind))
 
 # What is set against what, at the same budget: the difference first - second is reported.
 COMPARISONS: tuple[tuple[str, str], ...] = (
@@ -81,6 +88,13 @@ COMPARISONS: tuple[tuple[str, str], ...] = (
     ("pdrop reroute from 3", "pdrop reroute"),
     ("nuwa reroute A", "nuwa remove"),
     ("nuwa reroute B", "nuwa remove"),
+    ("calibrated remove once", "fastv remove"),
+    ("calibrated remove", "pdrop remove"),
+    ("calibrated reroute", "fastv reroute"),
+    ("calibrated reroute", "pdrop reroute"),
+    ("calibrated reroute falling", "pdrop reroute"),
+    ("calibrated reroute", "calibrated reroute falling"),
+    ("calibrated reroute", "calibrated remove"),
     ("fastv remove", "random"),
     ("fastv reroute", DOWNSAMPLE),
     ("pdrop reroute", DOWNSAMPLE),
@@ -141,6 +155,8 @@ def _of_method(name: str, budgets: Sequence[float], shape: ModelShape) -> Iterat
     for budget in budgets:
         if name == DOWNSAMPLE:
             yield downsampled(budget, shape)
+        elif name in CALIBRATED:
+            yield calibrated(name, budget, shape)
         else:
             yield routed(name, budget, shape)
 
@@ -157,6 +173,29 @@ def downsampled(budget: float, shape: ModelShape) -> Configuration:
     sides = range(1, math.isqrt(shape.visual_tokens) + 1)
     grid = min(sides, key=lambda side: abs(side * side - wanted))
     return _unrouted(DOWNSAMPLE, budget, grid, f"image resized to {grid} by {grid} patches")
+
+
+def calibrated(name: str, budget: float, shape: ModelShape) -> Configuration:
+    """A schedule that `benchmarks.grounding.calibrate` has made for the served model."""
+    path = METHODS[name].path(100 * budget)
+    if not path.exists():
+        raise ValueError(
+            f"--budgets {100 * budget:g} has no schedule of {name!r} ({path.name} is not there). Leave one of both "
+            "out, or add it to PERCENT in benchmarks/grounding/calibrate.py and run that."
+        )
+    found = CalibratedSchedule.read(path)
+    found.check_model(path, shape.identity)
+    schedule = found.options.resolve(shape.decoder_layers)
+    return Configuration(
+        method=name,
+        budget=budget,
+        average=schedule.average(shape.visual_tokens),
+        grid=math.isqrt(shape.visual_tokens),
+        decision_layers=schedule.layers,
+        kept=tuple(schedule.kept_per_stage(shape.visual_tokens)),
+        note=f"calibrated on {found.about['samples']['count']} questions of the validation split",
+        arguments=tuple(server_flags(found.options)),
+    )
 
 
 def routed(name: str, budget: float, shape: ModelShape) -> Configuration:

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from benchmarks import grounding
+from vllm_reroute.calibration.file import ModelIdentity
 
 DEFAULT_MODEL = Path(grounding.__file__).resolve().parent / "model"
 # What a LLaVA-1.5-format folder answers with; notes and logs beside these change nothing.
@@ -18,13 +19,15 @@ FP32_BYTES = 4
 class ModelShape:
     """visual_tokens: of one image. image_token: id that stands for each of them in a prompt.
 
-    kv_bytes: of one token in all decoder layers, fp32.
+    kv_bytes: of one token in all decoder layers, fp32. identity: what calibrated schedules are made
+    for, None where none is served.
     """
 
     visual_tokens: int
     decoder_layers: int
     image_token: int
     kv_bytes: int
+    identity: ModelIdentity | None = None
 
     @classmethod
     def of(cls, folder: Path) -> "ModelShape":
@@ -51,6 +54,7 @@ class ModelShape:
             decoder_layers=text.num_hidden_layers,
             image_token=config.image_token_id,
             kv_bytes=2 * text.num_hidden_layers * text.num_key_value_heads * head_size * FP32_BYTES,
+            identity=ModelIdentity.of(str(folder), config),
         )
 
 

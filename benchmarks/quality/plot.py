@@ -18,6 +18,7 @@ COLOURS = {
     "fastv": "#1f77b4",
     "pdrop": "#d62728",
     "nuwa": "#2ca02c",
+    "calibrated": "#17becf",
 }
 OTHER_COLOUR = "#9467bd"
 
@@ -97,7 +98,7 @@ def _style(method: str) -> dict:
     }.get(action[0] if action else "", {"linestyle": ":", "marker": "^"})
     if action[1:] == ["B"]:
         how = {"linestyle": "-.", "marker": "D"}
-    if "from" in action:
+    if {"from", "once", "falling"} & set(action):
         how["markerfacecolor"] = "white"
     return {"color": COLOURS.get(family, OTHER_COLOUR), **how}
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.quality.layer_choice import squares
 from benchmarks.quality.methods import COMPARISONS, METHODS
 from benchmarks.quality.outcomes import (
     Outcome,
@@ -113,7 +114,14 @@ def results(rows: Sequence[Row], digests: Sequence[str], not_run: Mapping[str, s
         "configurations": [_configuration(row) for row in rows],
         "not_run": dict(not_run),
         "comparisons": list(_comparisons(rows)),
+        "squares": _squares(rows),
     }
+
+
+def _squares(rows: Sequence[Row]) -> list[dict]:
+    outcomes = {(row.about["method"], row.about["budget"]): row.outcomes for row in rows}
+    budgets = sorted({budget for _, budget in outcomes if budget is not None}, reverse=True)
+    return squares(outcomes, budgets)
 
 
 def _ran(rows: Sequence[Row]) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ from vllm_reroute.schedule import (
 )
 from vllm_reroute.startup.flags import options_from_flags
 
-FLAGS = ["schedule", "action", "variant", "tier", "budget", "layers", "keep", "scorer"]
+FLAGS = ["schedule", "action", "variant", "tier", "budget", "layers", "keep", "scorer", "file"]
 SHORT, FULL = "llava-1.5", "llava-hf/llava-1.5-7b-hf"
 
 

@@ -1,25 +1,31 @@
 """Configurations of the quality harness: matched averages, and what to say where a budget cannot be met."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
+from benchmarks.local_model import SHAPES, build_local_model
+from benchmarks.quality.__main__ import parse_arguments, planned
 from benchmarks.quality.methods import (
+    CALIBRATED,
     METHODS,
     Configuration,
+    Routing,
     configurations,
     downsampled,
     routed,
     server_flags,
 )
-from benchmarks.quality.model_shape import ModelShape
+from benchmarks.quality.model_shape import DEFAULT_MODEL, ModelShape
 from benchmarks.quality.serving import check_average
 from vllm_reroute.schedule import RerouteOptions
 from vllm_reroute.schedule.published import scale_decision_layers
 
 SMALL = ModelShape(visual_tokens=144, decoder_layers=12, image_token=4, kv_bytes=1024)
 LARGE = ModelShape(visual_tokens=576, decoder_layers=32, image_token=4, kv_bytes=1024)
-ROUTED = [name for name, routing in METHODS.items() if routing is not None]
+ROUTED = [name for name, routing in METHODS.items() if isinstance(routing, Routing)]
+PUBLISHED = [name for name in METHODS if name not in CALIBRATED]
 
 
 def served_average(configuration: Configuration, shape: ModelShape) -> float:
@@ -103,15 +109,47 @@ def test_downsampling_takes_the_nearest_square(budget, grid):
 
 
 def test_every_configuration_has_a_name_of_its_own():
-    plan = configurations(list(METHODS), (0.33, 0.22, 0.11, 0.05), SMALL)
+    plan = configurations(PUBLISHED, (0.33, 0.22, 0.11, 0.05), SMALL)
     names = [each.name for each in plan]
-    assert len(set(names)) == len(names) == 1 + 4 * (len(METHODS) - 1)
+    assert len(set(names)) == len(names) == 1 + 4 * (len(PUBLISHED) - 1)
     assert names.count("dense") == 1 and "fastv-reroute-33" in names
 
 
 def test_what_is_named_twice_is_asked_once():
     plan = configurations(["downsample", "dense", "downsample"], (0.33, 0.33), SMALL)
     assert [each.name for each in plan] == ["downsample-33", "dense"]
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize("budget", [0.33, 0.22, 0.11, 0.05])
+def test_calibrated_schedules_are_those_of_their_files(name, budget):
+    ours = ModelShape.of(DEFAULT_MODEL)
+    (found,) = configurations([name], (budget,), ours)
+    kind = METHODS[name]
+    assert budget * 144 - 1 < found.average <= budget * 144
+    assert served_average(found, ours) == found.average
+    assert len(found.decision_layers) <= kind.most_decisions
+    assert found.kept[0] == 144
+    if kind.monotone or kind.action == "remove":
+        assert list(found.kept) == sorted(found.kept, reverse=True)
+    assert ("remove" in found.arguments) == (kind.action == "remove")
+
+
+def test_calibrated_schedules_are_for_their_model_and_budgets_only():
+    ours = ModelShape.of(DEFAULT_MODEL)
+    with pytest.raises(ValueError, match=r"--budgets 40 has no schedule of 'calibrated reroute'"):
+        configurations(["calibrated reroute"], (0.4,), ours)
+    other = replace(ours, identity=replace(ours.identity, name="other"))
+    with pytest.raises(ValueError, match="calibrated on another model"):
+        configurations(["calibrated reroute"], (0.22,), other)
+
+
+def test_by_default_only_the_grounding_model_gets_its_calibrated_rows(tmp_path):
+    plan = planned(parse_arguments([]))[2]
+    assert {each.method for each in plan} == set(METHODS)
+    other = build_local_model(tmp_path / "tiny", SHAPES["tiny"])
+    plan = planned(parse_arguments(["--model", str(other), "--budgets", "33"]))[2]
+    assert {each.method for each in plan} == set(PUBLISHED)
 
 
 def test_unknown_methods_and_budgets_are_refused():

@@ -15,10 +15,6 @@ import numpy as np
 from vllm_reroute.schedule.budget import REFERENCE_VISUAL_TOKENS, num_kept
 from vllm_reroute.schedule.routing_schedule import RoutingSchedule
 
-OBJECTIVES = ("attention", "squared", "contribution")
-"""What a visual token that does not run is worth at a layer: the last prompt token's attention to
-it, the square of that, or the length of what it adds to that token's stream."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Looks:
@@ -37,7 +33,7 @@ class Looks:
     def of(
         cls, rows: Sequence[Mapping[str, np.ndarray]], objective: str, first_layer: int
     ) -> Looks:
-        """rows: "attention" and "contribution", [layers, visual tokens], of every sample.
+        """rows: of every sample, by their name in `recording.Rows`, [layers, visual tokens].
 
         first_layer: the lowest decision layer the model allows.
         """
@@ -46,7 +42,7 @@ class Looks:
         ranking, worth = np.full(shape, -1.0, np.float32), np.zeros(shape, np.float32)
         for i, (each, size) in enumerate(zip(rows, sizes, strict=True)):
             ranking[i, :, :size] = each["attention"]
-            worth[i, first_layer:, :size] = _worth(each, objective)[first_layer:]
+            worth[i, first_layer:, :size] = _worth(each, objective, first_layer)[first_layer:]
         return cls(ranking=ranking, worth=worth, sizes=sizes)
 
     @property
@@ -87,15 +83,25 @@ class Looks:
 
         counts: how many, [samples, choices]. Returns fp64 [samples, layers, choices].
         """
-        sorted_worth = np.take_along_axis(self.worth[:, layers], order[:, None], axis=2)
+        first = order[:, None, : counts.max()]
+        sorted_worth = np.take_along_axis(self.worth[:, layers], first, axis=2)
         summed = sorted_worth.cumsum(axis=2, dtype=np.float64)
         return np.take_along_axis(summed, counts[:, None] - 1, axis=2)
 
 
-def _worth(rows: Mapping[str, np.ndarray], objective: str) -> np.ndarray:
-    if objective == "squared":
-        return rows["attention"] ** 2
-    return rows[objective]
+def _worth(rows: Mapping[str, np.ndarray], objective: str, first_layer: int) -> np.ndarray:
+    """What each token is worth at each layer, [layers, visual tokens].
+
+    attention: the last prompt token's attention to it. contribution: what it adds to that token's
+    stream. lasting: that, and what it adds in later layers as far as this layer changes its state,
+    since a token that was skipped comes back as it was.
+    """
+    if objective != "lasting":
+        return rows[objective]
+    later = rows["contribution"].copy()
+    later[:first_layer] = 0
+    later = later[::-1].cumsum(axis=0)[::-1] - later
+    return rows["contribution"] + rows["change"] * later
 
 
 def lost(looks: Looks, schedule: RoutingSchedule) -> np.ndarray:

@@ -20,15 +20,18 @@ ATTENTION_NAME = "reroute_recording"
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What the last prompt token looks at, both fp32 [layers, visual tokens].
+    """What the last prompt token looks at, all fp32 [layers, visual tokens].
 
     attention: its attention, the mean over heads, as decisions score it.
     contribution: length of what each visual token adds to its residual stream through attention
     (weight times value, through the output projection), over the length of that stream.
+    change: length of what the layer adds to the visual token's own stream, over that stream's length
+    behind it.
     """
 
     attention: np.ndarray
     contribution: np.ndarray
+    change: np.ndarray
 
 
 @dataclass
@@ -38,6 +41,7 @@ class _Pass:
     visual: torch.Tensor
     attention: dict[int, torch.Tensor]
     contribution: dict[int, torch.Tensor]
+    change: dict[int, torch.Tensor]
 
 
 _current: _Pass | None = None
@@ -113,23 +117,24 @@ class Recorder:
         global _current
         inputs = {name: self._placed(tensor) for name, tensor in inputs.items()}
         ids = inputs["input_ids"][0]
-        _current = _Pass(torch.isin(ids, self._visual_ids), {}, {})
-        decoder, streams = self.model.model.language_model, {}
+        _current = _Pass(torch.isin(ids, self._visual_ids), {}, {}, {})
+        decoder = self.model.model.language_model
         hooks = [
-            layer.register_forward_pre_hook(_stream_length(streams, index), with_kwargs=True)
+            layer.register_forward_hook(_note_streams(_current, index), with_kwargs=True)
             for index, layer in enumerate(decoder.layers)
         ]
         try:
             self.model.model(**inputs, use_cache=False)
-            attention = torch.stack([_current.attention[i] for i in range(self.num_layers)])
-            added = torch.stack(
-                [_current.contribution[i] / streams[i] for i in range(self.num_layers)]
+            layers, seen = range(self.num_layers), _current
+            return Rows(
+                attention=_numpy([seen.attention[i] for i in layers]),
+                contribution=_numpy([seen.contribution[i] for i in layers]),
+                change=_numpy([seen.change[i] for i in layers]),
             )
         finally:
             _current = None
             for hook in hooks:
                 hook.remove()
-        return Rows(attention=attention.cpu().numpy(), contribution=added.cpu().numpy())
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point():
@@ -137,11 +142,19 @@ class Recorder:
         return tensor.to(self.device)
 
 
-def _stream_length(lengths: dict[int, torch.Tensor], layer: int) -> Any:
-    """A hook that notes how long the last token's residual stream is before a layer."""
+def _note_streams(seen: _Pass, layer: int) -> Any:
+    """A hook that measures streams before and behind a layer."""
 
-    def note(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
-        lengths[layer] = states[0, -1].float().norm()
+    def note(_: torch.nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+        before = (args[0] if args else kwargs["hidden_states"])[0]
+        behind = (output[0] if isinstance(output, tuple) else output)[0]
+        visual = seen.visual
+        seen.contribution[layer] /= before[-1].float().norm()
+        change = (behind[visual] - before[visual]).float().norm(dim=-1)
+        seen.change[layer] = change / behind[visual].float().norm(dim=-1)
 
     return note
+
+
+def _numpy(rows: list[torch.Tensor]) -> np.ndarray:
+    return torch.stack(rows).float().cpu().numpy()

@@ -53,10 +53,18 @@ class _Step:
 def solve_removal(looks: Looks, losses: np.ndarray, problem: Problem, beam: int) -> Found | None:
     """losses: `stage_losses`, the mean over samples. None if no schedule is within the tokens."""
     tails = Tails(losses, problem, monotone=True)
+    # A beam may miss with many decisions what it finds with few.
+    each = [_search(looks, problem, tails, n, beam) for n in range(1, problem.most_decisions + 1)]
+    return min((found for found in each if found), key=lambda found: found.loss, default=None)
+
+
+def _search(
+    looks: Looks, problem: Problem, tails: Tails, most_decisions: int, beam: int
+) -> Found | None:
     nothing = np.zeros(problem.num_layers + 1)
     partials = [_Partial(layers=(), indices=(), spent=0, lost=0.0, stage=nothing, candidates=None)]
     best: Found | None = None
-    for decisions in range(problem.most_decisions, 0, -1):
+    for decisions in range(most_decisions, 0, -1):
         steps: list[_Step] = []
         for partial in partials:
             for found, going_on in _next_decisions(looks, problem, tails, partial, decisions):
@@ -93,15 +101,18 @@ def _next_decisions(
             found = Found(loss=lost + float(stage[-1, index]), layers=layers, counts=chosen)
         steps = []
         if decisions > 1:
-            for index in range(highest + 1):
-                after = _least_after(problem, tails, decisions - 1, layer, index, room, stage)
-                steps.append(
-                    _Step(
-                        promise=lost + after, before=partial, layer=layer, index=index,
-                        spent=spent, lost=lost, stage=stage[:, index],
-                    )
-                )  # fmt: skip
-        yield found, [step for step in steps if np.isfinite(step.promise)]
+            promises = lost + _least_after(
+                problem, tails, decisions - 1, layer, kept_counts, room, stage
+            )
+            steps = [
+                _Step(
+                    promise=float(promise), before=partial, layer=layer, index=index,
+                    spent=spent, lost=lost, stage=stage[:, index],
+                )
+                for index, promise in enumerate(promises)
+                if np.isfinite(promise)
+            ]  # fmt: skip
+        yield found, steps
 
 
 def _stage(
@@ -127,18 +138,18 @@ def _least_after(
     tails: Tails,
     decisions: int,
     layer: int,
-    index: int,
+    kept_counts: np.ndarray,
     room: int,
     stage: np.ndarray,
-) -> float:
-    count, least = problem.counts[index], np.inf
+) -> np.ndarray:
+    """The least that may be lost from `layer` on with a further decision, for every count kept there."""
+    least = np.full(len(kept_counts), np.inf)
+    bounds = np.arange(len(kept_counts))
     for end in range(layer + 1, problem.num_layers):
-        left = room - (end - layer) * count
-        if left < 0:
-            break
-        left = min(left, tails.room)
-        after = tails.at(decisions, end)[tails.bound(index), left]
-        least = min(least, float(stage[end - layer, index] + after))
+        left = room - (end - layer) * kept_counts
+        after = tails.at(decisions, end)[bounds, left.clip(0, tails.room)]
+        total = np.where(left >= 0, stage[end - layer] + after, np.inf)
+        np.minimum(least, total, out=least)
     return least
 
 

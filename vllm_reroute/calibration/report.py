@@ -14,8 +14,8 @@ CHOSEN = "chosen"
 
 WORTH = {
     "attention": "the last prompt token's attention to visual tokens",
-    "squared": "the last prompt token's attention to visual tokens, squared",
     "contribution": "what visual tokens add to the last prompt token's stream",
+    "lasting": "what visual tokens add to the last prompt token's stream, now or later,",
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 IDENTITY = "identity.json"
-NAMES = ("attention", "contribution")
+NAMES = ("attention", "contribution", "change")
 
 
 class RowFolder:

@@ -12,7 +12,7 @@ from vllm_reroute.schedule.published import ACTIONS
 
 EXAMPLE = "vllm-reroute calibrate --model llava-1.5 --samples samples.jsonl --budget 192 --out calibrated.json"
 MOST_DECISIONS = 4
-OBJECTIVES = ("attention", "squared", "contribution")
+OBJECTIVES = ("lasting", "contribution", "attention")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -65,8 +65,9 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
         "--objective",
         choices=OBJECTIVES,
         default=OBJECTIVES[0],
-        help="what a token that does not run is worth: the last prompt token's attention to it, "
-        f"that squared, or what it adds to that token's stream (default: {OBJECTIVES[0]})",
+        help="what a token that does not run is worth: the last prompt token's attention to it; what "
+        "it adds to that token's stream; or that now and, as far as the layer changes it, later "
+        f"(default: {OBJECTIVES[0]})",
     )
     parser.add_argument("--no-plot", action="store_true", help="leave the plot out")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's")
