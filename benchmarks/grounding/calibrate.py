@@ -22,6 +22,7 @@ from vllm_reroute.calibration.published import published_schedules
 from vllm_reroute.calibration.report import CHOSEN
 from vllm_reroute.calibration.run import Settings, record
 from vllm_reroute.calibration.samples import digest_of, read_samples
+from vllm_reroute.command_line.calibrate import DEFAULT_OBJECTIVE
 from vllm_reroute.schedule.published import Action
 
 FOLDER = Path(__file__).resolve().parent / "calibrated"
@@ -57,9 +58,6 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path(".local/calibration"), help="for samples and rows"
     )
-    parser.add_argument(
-        "--objective", default="lasting", choices=("lasting", "contribution", "attention")
-    )
     args = parser.parse_args()
     samples = read_samples(write(args.work, "validation", COUNT))
     settings = Settings(
@@ -69,14 +67,14 @@ def main() -> None:
         most_decisions=1,
         action="reroute",
         monotone=False,
-        objective=args.objective,
+        objective="attention",
         out=args.work / "grounding.json",
         plot=False,
         dtype="float32",
         device="cpu",
     )
     identity = _identity()
-    looks = Looks.of(record(settings, identity, samples), args.objective, first_layer=1)
+    rows = record(settings, identity, samples)
     FOLDER.mkdir(exist_ok=True)
     lines = []
     for kind, percent in tqdm([(k, p) for k in KINDS for p in PERCENT], unit="schedule"):
@@ -87,6 +85,8 @@ def main() -> None:
             action=kind.action,
             monotone=kind.monotone,
         )
+        objective = DEFAULT_OBJECTIVE[kind.action]
+        looks = Looks.of(rows, objective, wish.first_layer)
         chosen = choose(looks, wish)
         published, _ = published_schedules(wish, looks.num_layers)
         expected = expectations(looks, {CHOSEN: chosen, **published})
@@ -99,7 +99,7 @@ def main() -> None:
             about={
                 "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
                 "samples": {"count": len(samples), "sha256": digest_of(samples)},
-                "objective": args.objective,
+                "objective": objective,
                 "wanted_share": wish.share,
                 "average_visual_tokens": chosen.average(looks.reference),
                 "expected_loss": losses,

@@ -13,6 +13,10 @@ from vllm_reroute.schedule.published import ACTIONS
 EXAMPLE = "vllm-reroute calibrate --model llava-1.5 --samples samples.jsonl --budget 192 --out calibrated.json"
 MOST_DECISIONS = 4
 OBJECTIVES = ("lasting", "contribution", "attention")
+
+DEFAULT_OBJECTIVE = {"reroute": "lasting", "remove": "contribution"}
+"""What is removed is missing in later layers' own rows; what is skipped comes back as it was."""
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -64,10 +68,9 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--objective",
         choices=OBJECTIVES,
-        default=OBJECTIVES[0],
         help="what a token that does not run is worth: the last prompt token's attention to it; what "
-        "it adds to that token's stream; or that now and, as far as the layer changes it, later "
-        f"(default: {OBJECTIVES[0]})",
+        "it adds to that token's stream (default with remove); or that now and, as far as the layer "
+        "changes it, later (default with reroute)",
     )
     parser.add_argument("--no-plot", action="store_true", help="leave the plot out")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's")
@@ -89,7 +92,7 @@ def _calibrate(args: argparse.Namespace) -> Iterator[str]:
             most_decisions=args.stages,
             action=args.action,
             monotone=args.monotone,
-            objective=args.objective,
+            objective=args.objective or DEFAULT_OBJECTIVE[args.action],
             out=args.out,
             plot=not args.no_plot,
             dtype=args.dtype,
