@@ -185,21 +185,27 @@ def test_samples_of_other_sizes_keep_shares():
     assert (loss[:, :2] == 0).all()
 
 
+ROW = {
+    "attention": np.array([[0.0, 0.0], [0.6, 0.4], [0.9, 0.1]]),
+    "contribution": np.array([[9.0, 9.0], [1.0, 5.0], [2.0, 3.0]]),
+    "change": np.array([[1.0, 1.0], [0.1, 0.5], [0.7, 0.7]]),
+}
+
+
 @pytest.mark.parametrize(
-    "objective,of", [("squared", lambda r: r["attention"] ** 2), ("contribution", None)]
+    "objective,worth",
+    [
+        ("attention", [0.4, 0.1]),
+        ("contribution", [5.0, 3.0]),
+        # Half of what it adds later, since the layer changes it by half.
+        ("lasting", [5.0 + 0.5 * 3.0, 3.0]),
+    ],
 )
-def test_objectives_weigh_what_was_recorded(objective, of):
-    rows = [
-        {
-            "attention": np.array([[0.0, 0.0], [0.6, 0.4]]),
-            "contribution": np.array([[9.0, 9.0], [1.0, 5.0]]),
-        }
-    ] * 4
-    looks = Looks.of(rows, objective, 1)
-    schedule = RoutingSchedule(name="x", action="reroute", num_layers=2, layers=(1,), keep=(0.5,))
+def test_objectives_weigh_what_was_recorded(objective, worth):
+    looks = Looks.of([ROW] * 4, objective, 1)
+    schedule = RoutingSchedule(name="x", action="reroute", num_layers=3, layers=(1,), keep=(0.5,))
     # Ranked by attention, whatever a token is worth.
-    worth = (of or (lambda r: r["contribution"]))(rows[0])[1, 1]
-    assert lost(looks, schedule)[0, 1] == pytest.approx(worth)
+    assert lost(looks, schedule)[0] == pytest.approx([0, *worth])
 
 
 def test_expectations_compare_with_the_chosen_one():

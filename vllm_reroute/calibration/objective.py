@@ -42,7 +42,7 @@ class Looks:
         ranking, worth = np.full(shape, -1.0, np.float32), np.zeros(shape, np.float32)
         for i, (each, size) in enumerate(zip(rows, sizes, strict=True)):
             ranking[i, :, :size] = each["attention"]
-            worth[i, first_layer:, :size] = _worth(each, objective, first_layer)[first_layer:]
+            worth[i, first_layer:, :size] = _worth(each, objective)[first_layer:]
         return cls(ranking=ranking, worth=worth, sizes=sizes)
 
     @property
@@ -89,7 +89,7 @@ class Looks:
         return np.take_along_axis(summed, counts[:, None] - 1, axis=2)
 
 
-def _worth(rows: Mapping[str, np.ndarray], objective: str, first_layer: int) -> np.ndarray:
+def _worth(rows: Mapping[str, np.ndarray], objective: str) -> np.ndarray:
     """What each token is worth at each layer, [layers, visual tokens].
 
     attention: the last prompt token's attention to it. contribution: what it adds to that token's
@@ -98,10 +98,9 @@ def _worth(rows: Mapping[str, np.ndarray], objective: str, first_layer: int) -> 
     """
     if objective != "lasting":
         return rows[objective]
-    later = rows["contribution"].copy()
-    later[:first_layer] = 0
-    later = later[::-1].cumsum(axis=0)[::-1] - later
-    return rows["contribution"] + rows["change"] * later
+    contribution = rows["contribution"]
+    later = contribution[::-1].cumsum(axis=0)[::-1] - contribution
+    return contribution + rows["change"] * later
 
 
 def lost(looks: Looks, schedule: RoutingSchedule) -> np.ndarray:

@@ -154,7 +154,8 @@ def prepare(sample: Sample, processor: ProcessorMixin) -> Mapping[str, torch.Ten
         frames, times = zip(*(_frames(path) for path in paths), strict=True)
         options |= {"videos": list(frames), "video_metadata": list(times)}
         options["do_sample_frames"] = False
-    return processor(text=[_without_start(text, processor)], return_tensors="pt", **options)
+    # As vLLM's chat endpoint: the template has written every special token there is to be.
+    return processor(text=[text], add_special_tokens=False, return_tensors="pt", **options)
 
 
 def _frames(path: str) -> tuple[np.ndarray, VideoMetadata]:
@@ -166,15 +167,3 @@ def _frames(path: str) -> tuple[np.ndarray, VideoMetadata]:
         return np.linspace(0, total - 1, min(MOST_FRAMES, total), dtype=int)
 
     return load_video(path, backend="opencv", sample_indices_fn=evenly)
-
-
-def _without_start(text: str, processor: ProcessorMixin) -> str:
-    """Chat templates may write the token that tokenizing puts in front once more."""
-    tokenizer = processor.tokenizer
-    start = tokenizer.bos_token
-    doubled = (
-        start
-        and text.startswith(start)
-        and tokenizer(start).input_ids[:2].count(tokenizer.bos_token_id) > 1
-    )
-    return text.removeprefix(start) if doubled else text
