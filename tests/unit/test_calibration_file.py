@@ -155,7 +155,8 @@ def test_an_engine_config_of_a_file_is_that_of_its_flags(engine_config, model_fo
         model=identity, action="reroute", layers=(2, 5), keep=(0.5, 0.7), about={}
     ).write(path)
     of_file = engine_config(additional_config={CONFIG_KEY: {"file": str(path)}})
-    of_flags = engine_config(additional_config={CONFIG_KEY: {"layers": [2, 5], "keep": [0.5, 0.7]}})
+    by_hand = {"action": "reroute", "layers": [2, 5], "keep": [0.5, 0.7]}
+    of_flags = engine_config(additional_config={CONFIG_KEY: by_hand})
     assert of_file.additional_config == of_flags.additional_config
     assert RoutingSchedule.of(of_file).layers == (2, 5)
     assert of_file.model_config.architectures == of_flags.model_config.architectures
