@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from vllm_reroute.routing.prompt_rows import prompt_scores
 from vllm_reroute.routing.scorers.attention import LAST_TOKEN, LastTokenScorer, ScoringRule
 from vllm_reroute.routing.scorers.random import RandomScorer
 from vllm_reroute.routing.stage import build_stage
-from vllm_reroute.routing.token_state import TokenState
+from vllm_reroute.routing.token_state import Choice, TokenState
 from vllm_reroute.schedule import RoutingSchedule, Stage
 
 
@@ -29,7 +29,7 @@ class RoutedDecoder(nn.Module):
 
     layers: the decoder's layers, called as `layer(positions, hidden, residual)`. norm: its final
     norm. scoring: the rows its decisions are scored by. A step in which every token runs all stages
-    is an ordinary loop over all layers.
+    is an ordinary loop over all layers. observer: told of every decision; nobody, unless asked for.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class RoutedDecoder(nn.Module):
         parked_name = f"{stem}.layers.{len(layers)}.parked"
         parked = ParkedStates(attentions[0], parked_name, parked_width, vllm_config)
         self.tables = route_attention(attentions, schedule)
+        self.observer: Callable[[Choice], None] | None = None
         # In tuples: these modules belong to the language model and load their weights there.
         self._parked = (parked,)
         self._norm = (norm,)
@@ -204,7 +205,9 @@ class RoutedDecoder(nn.Module):
             if decision.scored_at is None:
                 assert encoder_scores is not None, "images without the encoder's decision"
                 tokens.scores = prompt_scores(encoder_scores, tokens.prompts)
-            tokens.choose(self.schedule.stage_of(layer), removes=decision.removes)
+            choice = tokens.choose(self.schedule.stage_of(layer), removes=decision.removes)
+            if self.observer is not None:
+                self.observer(choice)
 
     def _run(self, tokens: TokenState, run: nn.Module, piece: Stage) -> None:
         """Run layers on the tokens chosen, some rows after the others where they are very many."""

@@ -31,6 +31,23 @@ class Tokens:
         )
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What one decision did, for whoever looks on.
+
+    plan: of the step. stage: the stage it is for. candidates: who could be chosen, laid out as
+    `prompts` says. scores: fp32 [requests, width]; None where there was nothing to decide. running:
+    those that run the stage.
+    """
+
+    plan: StepPlan
+    stage: int
+    candidates: Tokens
+    prompts: PromptRows
+    scores: torch.Tensor | None
+    running: Tokens
+
+
 class TokenState:
     """Moves a step's tokens through its decisions.
 
@@ -75,11 +92,13 @@ class TokenState:
         """Whether a decision for `stage` has nothing to decide: as many are kept as there are."""
         return self._num_kept(stage) == self.prompts.num_visual
 
-    def choose(self, stage: int, *, removes: bool) -> None:
+    def choose(self, stage: int, *, removes: bool) -> Choice:
         """Let the best of the candidates run `stage`. removes: the others are gone for good."""
+        candidates, prompts, scores = self.candidates, self.prompts, None
         if self.keeps_all(stage):
             self.running, self.chosen = self.candidates, None
         else:
+            scores = self.scores
             self.chosen = select_rows(
                 self.scores,
                 self.candidates.visual,
@@ -92,6 +111,7 @@ class TokenState:
         if removes:
             self.candidates, self.chosen = self.running, None
             self.prompts = PromptRows.of(self.plan, stage, self.running.rows.device)
+        return Choice(self.plan, stage, candidates, prompts, scores, self.running)
 
     def _num_kept(self, stage: int) -> tuple[int, ...]:
         """Visual tokens to keep, per image prompt of the step."""
