@@ -56,7 +56,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture(scope="module", params=[REROUTE, REMOVE], ids=["reroute", "remove"])
 def model(request, routed_model):
-    return routed_model(request.param, dtype="bfloat16")
+    return routed_model(request.param, dtype="bfloat16", max_num_batched_tokens=1024)
 
 
 def decisions(model, num_images: int, cached: int = 0) -> list[Counter[str]]:
@@ -73,9 +73,13 @@ def decisions(model, num_images: int, cached: int = 0) -> list[Counter[str]]:
             patched.setattr(torch, "from_numpy", counting.as_one("copy", torch.from_numpy))
             for scorer in decoder._scorers.values():
                 patched.setattr(scorer, "norm", counting.as_one("norm", scorer.norm))
-                for name in ("qkv_proj", "rotary_emb"):
-                    part = getattr(scorer.attention, name)
-                    patched.setattr(part, "forward", counting.as_one(name, part.forward))
+            parts = {
+                getattr(scorer.attention, name): name
+                for scorer in decoder._scorers.values()
+                for name in ("qkv_proj", "rotary_emb")
+            }
+            for part, name in parts.items():
+                patched.setattr(part, "forward", counting.as_one(name, part.forward))
             decide(decoder, *args)
         counted.append(counting.seen)
 

@@ -108,7 +108,6 @@ class Decoder:
             scorer: Any = RandomScorer(at)
             if schedule.scorer != "random":
                 scorer = LastTokenScorer(scored, rule, 64)
-            scorer.take_key_weights()
             routed._scorers[at] = scorer
         buffer = DeferredTokenBuffer(128, HIDDEN, torch.float32, CPU)
         routed.waiting = buffer if schedule.reroutes else None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.routing.prompt_rows import PromptRows
 from vllm_reroute.routing.scorers.attention import (
     LAST_TOKEN,
+    KeepsKeyRows,
     LastTokenScorer,
     ScoringRule,
     attention_rows,
@@ -118,8 +120,6 @@ class Scored:
         )
         self.scorer = LastTokenScorer(layer, rule, most_rows)
         self.attention = layer.self_attn.attn
-        real = model.decoder._scorers[LAYER]
-        self.scorer._key_weight, self.scorer._key_bias = real._key_weight, real._key_bias
 
     def streams(self):
         """[(states, positions)] per request: of all tokens the stage holds after the step."""
@@ -184,12 +184,13 @@ def test_keys_of_many_rows_are_computed_some_at_a_time(model, cached, most_rows)
     assert sum(seen) == queries + shared + len(scored.prompts.rows)
 
 
-def test_sliced_and_fused_projections_agree(model):
+def test_sliced_and_fused_projections_agree(model, monkeypatch):
     """Quantised weights cannot be sliced: the whole projection runs, and gives the same keys."""
-    sliced, fused = (Scored(model, LAST_TOKEN, (64, 0, 0)) for _ in range(2))
-    assert sliced.scorer._key_weight is not None
-    fused.scorer._key_weight = fused.scorer._key_bias = None
-    torch.testing.assert_close(fused.scores(), sliced.scores(), rtol=1e-5, atol=1e-6)
+    scored = Scored(model, LAST_TOKEN, (64, 0, 0))
+    sliced, projection = scored.scores(), scored.scorer.attention.qkv_proj
+    assert isinstance(projection.quant_method, KeepsKeyRows)
+    monkeypatch.setattr(projection, "quant_method", UnquantizedLinearMethod())
+    torch.testing.assert_close(scored.scores(), sliced, rtol=1e-5, atol=1e-6)
 
 
 def test_a_prompt_s_scores_do_not_depend_on_the_batch(model, monkeypatch):
