@@ -38,7 +38,11 @@ class Operations(TorchDispatchMode):
             a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments
         )
         is_view = bool(aliases) and all(aliases) and not writes
-        if not self.inside and not is_view and "empty" not in func._schema.name:
+        if (
+            not self.inside
+            and not is_view
+            and not any(free in func._schema.name for free in ("empty", "view"))
+        ):
             self.seen[str(func)] += 1
         return func(*args, **(kwargs or {}))
 
@@ -89,12 +93,16 @@ def decisions(model, num_images: int, cached: int = 0) -> list[Counter[str]]:
     return [seen for seen in counted if seen]
 
 
-@pytest.mark.parametrize("cached", [0, 64])
+MOST = {0: 30, 64: 35}
+"""Operations of a decision, by tokens whose keys are read back from pages."""
+
+
+@pytest.mark.parametrize("cached", MOST)
 def test_operations_of_a_decision(model, cached):
+    decisions(model, 1, cached)  # the first time a layer's layout is looked at
     one, two, four = (decisions(model, n, cached) for n in (1, 2, 4))
     assert len(one) == len(two) == len(four) == len(model.schedule.decisions)
-    print()
-    for name, seen in (("one", one), ("two", two), ("four", four)):
-        print(name, [sum(of.values()) for of in seen], dict(seen[1]))
-    assert two == four
-    assert max(sum(of.values()) for of in four) <= 70
+    assert two == four, "images of a step are decided about together"
+    counts = [sum(seen.values()) for seen in (*one, *four)]
+    assert max(counts) <= MOST[cached], (counts, max(four, key=Counter.total))
+    print(cached, counts)

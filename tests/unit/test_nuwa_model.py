@@ -18,7 +18,7 @@ from vllm_reroute.nuwa.requirements import check_model
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.plugin import register
-from vllm_reroute.routing.prompt_rows import PromptRows, prompt_scores, visual_mask
+from vllm_reroute.routing.prompt_rows import PromptRows, prompt_scores, text_mask
 from vllm_reroute.routing.selection import select_rows
 from vllm_reroute.schedule import CONFIG_KEY, RerouteOptions, RoutingSchedule
 from vllm_reroute.schedule.budget import num_kept, num_kept_of_images
@@ -157,10 +157,11 @@ def test_the_first_decision_is_exactly_the_anchors(seed):
             expect |= {start + first + int(cell) for cell in cells}
     scores[sorted(expect)] = 1.0
     rows = PromptRows.of(step, None, CPU)
-    visual = visual_mask(step, CPU)
+    text = text_mask(step, CPU)
+    visual = ~text
     chosen = select_rows(
         prompt_scores(scores, rows),
-        visual,
+        text,
         rows,
         [prefill.routing.kept[0] for prefill in step.prefills],
         step.stages[0].num_tokens,

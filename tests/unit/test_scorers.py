@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from vllm.config import set_current_vllm_config
@@ -9,7 +10,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.visual_spans import VisualSpans
-from vllm_reroute.routing.prompt_rows import PromptRows
+from vllm_reroute.routing.prompt_rows import PromptRows, hidden_keys
 from vllm_reroute.routing.scorers.attention import (
     LAST_TOKEN,
     KeepsKeyRows,
@@ -44,8 +45,16 @@ def test_rows_are_rows_of_softmax_attention(lens, num_heads, kv_heads, num_queri
     count, width, scale = len(lens), max(lens), 16**-0.5
     queries = torch.randn(count, num_queries, num_heads, 16)
     keys = torch.randn(count, width, kv_heads, 16)
-    weights = torch.rand(count, num_queries)
-    found = attention_rows(queries, keys, torch.tensor(lens), weights, scale, heads=reduction)
+    weights = torch.rand(count, num_queries) if num_queries > 1 else torch.ones(count, 1)
+    hidden = torch.from_numpy(hidden_keys(np.array(lens), num_queries))
+    found = attention_rows(
+        queries,
+        keys,
+        weights if num_queries > 1 else None,
+        hidden if hidden.any() else None,
+        scale,
+        heads=reduction,
+    )
     assert found.shape == (count, width) and found.dtype == torch.float32
     for i, length in enumerate(lens):
         expect = slowly(queries[i], keys[i, :length], weights[i], scale, reduction)
@@ -57,9 +66,8 @@ def test_rows_are_rows_of_softmax_attention(lens, num_heads, kv_heads, num_queri
 def test_scores_are_computed_in_fp32(dtype):
     torch.manual_seed(1)
     queries, keys = torch.randn(1, 1, 8, 32).to(dtype), torch.randn(1, 9, 2, 32).to(dtype)
-    lens, weights = torch.tensor([9]), torch.ones(1, 1)
-    (found,) = attention_rows(queries, keys, lens, weights, 32**-0.5, heads="mean")
-    expect = slowly(queries[0], keys[0], weights[0], 32**-0.5, "mean")
+    (found,) = attention_rows(queries, keys, None, None, 32**-0.5, heads="mean")
+    expect = slowly(queries[0], keys[0], [1.0], 32**-0.5, "mean")
     torch.testing.assert_close(found, expect, rtol=1e-5, atol=1e-6)
     assert float(found.sum()) == pytest.approx(8, rel=1e-5), "a share per head"
 
@@ -72,9 +80,7 @@ def test_rows_agree_with_torch_s_attention():
         keys[0].permute(1, 0, 2).repeat_interleave(4, dim=0),
         torch.eye(9).expand(8, 9, 9),
     )
-    (found,) = attention_rows(
-        queries, keys, torch.tensor([9]), torch.ones(1, 1), 32**-0.5, heads="mean"
-    )
+    (found,) = attention_rows(queries, keys, None, None, 32**-0.5, heads="mean")
     torch.testing.assert_close(found, shares.sum(dim=(0, 1)))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_reroute.plan.visual_spans import VisualSpans
-from vllm_reroute.routing.prompt_rows import PromptRows, prompt_scores, visual_mask
+from vllm_reroute.routing.prompt_rows import PromptRows, prompt_scores, text_mask
 from vllm_reroute.routing.selection import select_rows
 from vllm_reroute.schedule import RerouteOptions
 
@@ -40,13 +40,13 @@ class Step:
         self.batch = batch
         self.plan = plan_of(batch, SCHEDULE, BLOCK)
         self.prompts = PromptRows.of(self.plan, None, CPU)
-        self.visual = visual_mask(self.plan, CPU)
+        self.text = text_mask(self.plan, CPU)
+        self.visual = ~self.text
 
-    def select(self, scores, stage, visual=None):
+    def select(self, scores, stage):
         num_kept = [p.routing.kept[stage] for p in self.plan.prefills]
         num_selected = self.plan.stages[stage].num_tokens
-        visual = self.visual if visual is None else visual
-        return select_rows(scores, visual, self.prompts, num_kept, num_selected).tolist()
+        return select_rows(scores, self.text, self.prompts, num_kept, num_selected).tolist()
 
     def table(self, per_request):
         """fp32 [requests, width] from one row of scores a prefill."""
@@ -96,7 +96,7 @@ def test_the_best_run_in_order(batch, stage, seed):
     scores = step.random_scores(seed)
     if stage == 0:
         num_kept, count = [p.routing.kept[0] for p in step.plan.prefills], len(step.visual)
-        selected = select_rows(step.table(scores), step.visual, step.prompts, num_kept, count)
+        selected = select_rows(step.table(scores), step.text, step.prompts, num_kept, count)
         assert selected.tolist() == list(range(count)), "a ratio of 1 keeps all"
         return
     selected = step.select(step.table(scores), stage)
@@ -153,10 +153,10 @@ def test_a_choice_does_not_depend_on_the_batch(stage):
 def test_only_candidates_are_chosen_from():
     """`remove`: what an earlier stage dropped is no row of the layout; here, no candidate."""
     step = Step(IMAGE)
-    candidates = step.visual.clone()
-    candidates[4:14] = False  # ten visual rows left to choose from, the others count as text
+    text = step.text.clone()
+    text[4:14] = True  # ten visual rows left to choose from, the others count as text
     scores = torch.arange(30.0).flip(0)
-    rows = select_rows(step.table([scores]), candidates, step.prompts, [4], 24)
+    rows = select_rows(step.table([scores]), text, step.prompts, [4], 24)
     assert rows.tolist() == [*range(14), *range(14, 18), *range(24, 30)]
 
 
@@ -169,8 +169,18 @@ def test_prompt_rows_of_a_mixed_step():
         "the 6 resumed tokens are no prompt"
     )
     assert prompts.last.tolist() == [41, 66, 75]
-    assert prompts.slots.tolist() == [*range(30), *range(42, 60), *range(60, 69)]
-    assert prompts.cached_slots.tolist() == [*range(30, 42)]
+    # A place without a row of its own, cached or past the end, has that of the last token.
+    assert prompts.table.tolist() == [
+        [*range(12, 42)],
+        [*[66] * 12, *range(49, 67)],
+        [*range(67, 76), *[75] * 21],
+    ]
+    # Keys of the 12 cached tokens come first.
+    assert prompts.keys.view(3, 30).tolist() == [
+        [*range(12, 42)],
+        [*range(12), *range(42, 60)],
+        [*range(60, 69), *[0] * 21],
+    ]
     assert prompts.cached.request.tolist() == [4] * 12
     assert prompts.cached.position.tolist() == [*range(12)]
     visual = [*range(16, 36), *range(51, 61), *range(67, 74)]
@@ -221,6 +231,23 @@ def test_scores_of_rows_as_a_table():
     of_rows = torch.arange(float(step.prompts.num_rows))
     table = prompt_scores(of_rows, step.prompts)
     assert table.tolist() == [
-        [0.0] * 12 + [float(row) for row in range(12, 30)],
-        [float(row) for row in range(30, 39)] + [0.0] * 21,
+        [29.0] * 12 + [float(row) for row in range(12, 30)],
+        [float(row) for row in range(30, 39)] + [38.0] * 21,
     ]
+
+
+def test_rows_that_score():
+    step = Step(TEXT, IMAGE, RESUMED, LAST)
+    queries = step.prompts.query_rows(1)
+    assert queries.rows.tolist() == [41, 50, 82]
+    assert queries.weights is None
+    assert queries.hidden.sum(dim=2).flatten().tolist() == [0, 21, 0]
+    assert queries is step.prompts.query_rows(1), "made once for all decisions"
+    assert Step(IMAGE, CACHED).prompts.query_rows(1).hidden is None, "as long as each other"
+
+    short = PromptRows.of(Step(going(VisualSpans((0,), (7,)), 8, 0, 8)).plan, 2, CPU)
+    assert short.lens == (2,)
+    queries = short.query_rows(3)
+    assert queries.rows.tolist() == [1, 0, 1]
+    assert queries.weights.tolist() == [[0, 0.5, 0.5]], "a row that is not there weighs nothing"
+    assert queries.hidden[0].tolist() == [[False, True], [False, True], [False, False]]
