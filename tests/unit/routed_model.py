@@ -64,7 +64,6 @@ class RoutedModel:
                     values = torch.randn(weight.shape, generator=generator)
                     weight.data.copy_(values * 2 / weight.shape[-1] ** 0.5)
             self.decoder = self.model.routed_decoder
-            self.decoder.take_key_weights()
             process_weights_after_loading(self.model, model_config, CPU)
         self.hidden_size = model_config.hf_text_config.hidden_size
         self.schedule = self.decoder.schedule
@@ -110,7 +109,7 @@ class RoutedModel:
         self, states: torch.Tensor, positions: torch.Tensor, metadata: dict[str, Any] | None
     ) -> torch.Tensor:
         with (
-            torch.inference_mode(),
+            torch.no_grad(),
             set_current_vllm_config(self.config),
             set_forward_context(metadata, self.config, num_tokens=len(states)),
         ):

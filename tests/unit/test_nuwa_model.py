@@ -1,6 +1,5 @@
 """What Nüwa needs of a model, what it refuses, and how the encoder's rows are split again."""
 
-import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -14,20 +13,19 @@ from vllm.config import CompilationConfig
 
 from benchmarks.local_model import TINY, make_config
 from vllm_reroute.families.table import FAMILIES, family_of, nuwa_name
-from vllm_reroute.kv_cache.spec import RoutedAttentionSpec
 from vllm_reroute.models.nuwa import Nuwa, with_anchor_column
 from vllm_reroute.nuwa.requirements import check_model
-from vllm_reroute.plan.routed_length import routed_length
-from vllm_reroute.plan.step_plan import RequestRouting, plan_step
-from vllm_reroute.plan.visual_spans import VisualSpans, visual_spans
+from vllm_reroute.plan.request_routing import RequestRouting
+from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.plugin import register
-from vllm_reroute.routing.prompt_rows import PromptRows, prompt_scores, visual_mask
-from vllm_reroute.routing.scorers.attention import last_prompt_row, last_prompt_rows
+from vllm_reroute.routing.prompt_rows import PromptRows, prompt_scores, text_mask
 from vllm_reroute.routing.selection import select_rows
 from vllm_reroute.schedule import CONFIG_KEY, RerouteOptions, RoutingSchedule
+from vllm_reroute.schedule.budget import num_kept, num_kept_of_images
 from vllm_reroute.startup.architecture import RoutedArchitecture
 
 from .parts import feature, make_request
+from .steps import Going, plan_of, routing_of
 
 NUWA = {CONFIG_KEY: {"schedule": "nuwa"}}
 CPU = torch.device("cpu")
@@ -144,30 +142,29 @@ def test_rows_are_split_again():
 def test_the_first_decision_is_exactly_the_anchors(seed):
     """Two requests, one with two images of different size, in a step with a decode."""
     generator = torch.Generator().manual_seed(seed)
-    ratio = 0.5
+    schedule = RerouteOptions(schedule="nuwa", tier=192).resolve(8)
     spans = [VisualSpans((1, 12), (9, 21)), VisualSpans((3,), (20,))]
-    prompts = [25, 30]
-    routings = [
-        RequestRouting.of(span, range(prompt), (ratio, 0.1), ratio)
-        for span, prompt in zip(spans, prompts, strict=True)
-    ]
-    step = plan_step(
-        np.array([0, 40, 0]), np.array([25, 1, 30]), [routings[0], None, routings[1]], (ratio, 0.1)
+    first, second = (
+        Going(routing_of(span, prompt, schedule, block_size=32), 0, prompt)
+        for span, prompt in zip(spans, (25, 30), strict=True)
     )
+    step = plan_of([first, Going(None, 40, 1), second], schedule, block_size=32)
     expect, scores = set(), torch.zeros(56)
     for start, span in zip((0, 26), spans, strict=True):
         for first, size in zip(span.starts, span.sizes, strict=True):
-            cells = torch.randperm(size, generator=generator)[: size // 2]
+            num_anchors = num_kept(size, schedule.encoder_ratio)
+            cells = torch.randperm(size, generator=generator)[:num_anchors]
             expect |= {start + first + int(cell) for cell in cells}
     scores[sorted(expect)] = 1.0
     rows = PromptRows.of(step, None, CPU)
-    visual = visual_mask(step, CPU)
+    text = text_mask(step, CPU)
+    visual = ~text
     chosen = select_rows(
         prompt_scores(scores, rows),
-        visual,
+        text,
         rows,
-        [prefill.routing.num_kept(0) for prefill in step.prefills],
-        step.lengths[ratio].num_tokens,
+        [prefill.routing.kept[0] for prefill in step.prefills],
+        step.stages[0].num_tokens,
     )
     assert {row for row in chosen.tolist() if visual[row]} == expect
     assert {row for row in chosen.tolist() if not visual[row]} == set(
@@ -175,51 +172,26 @@ def test_the_first_decision_is_exactly_the_anchors(seed):
     )
 
 
-@pytest.mark.parametrize("num_queries", [1, 2, 3])
-@pytest.mark.parametrize("heads", ["mean", "max"])
-def test_rows_of_the_last_tokens(num_queries, heads):
-    """Rows of causal attention: averaged over tokens first, then combined over heads."""
-    generator = torch.Generator().manual_seed(0)
-    queries = torch.randn(num_queries, 4, 8, generator=generator)
-    keys = torch.randn(9, 2, 8, generator=generator)
-    by_head = torch.zeros(4, 9)
-    for head in range(4):
-        for back in range(num_queries):
-            seen = 9 - (num_queries - 1 - back)
-            logits = keys[:seen, head // 2] @ queries[back, head] * 8**-0.5
-            by_head[head, :seen] += torch.softmax(logits, dim=0) / num_queries
-    expect = by_head.sum(dim=0) if heads == "mean" else by_head.amax(dim=0)
-    found = last_prompt_rows(queries, keys, 8**-0.5, heads)
-    torch.testing.assert_close(found, expect)
-    if num_queries == 1 and heads == "mean":
-        torch.testing.assert_close(found, last_prompt_row(queries[0], keys, 8**-0.5))
-
-
 @pytest.mark.parametrize("sizes", [(20,), (20, 7), (3, 3, 3)])
 def test_scheduler_and_worker_agree(sizes):
-    """The manager's length of a live request is the plan's, for every group and every token."""
+    """No stage is dense: not even the first one runs an image before the prompt's last token."""
     offset, images = 2, []
     for size in sizes:
         images.append(feature(offset, size))
         offset += size + 1
     request = make_request("r", offset + 5, images)
-    spans = visual_spans(request)
+    spans = VisualSpans.of(request.mm_features)
     assert spans.sizes == sizes
     schedule = RerouteOptions(schedule="nuwa", tier=128).resolve(8)
-    routing = RequestRouting.of(
-        spans, request.prompt_token_ids, schedule.ratios, schedule.encoder_ratio
-    )
-    for computed, scheduled in ((0, request.num_prompt_tokens), (request.num_prompt_tokens, 1)):
-        step = plan_step(np.array([computed]), np.array([scheduled]), [routing], schedule.ratios)
-        for ratio in schedule.ratios:
-            spec = RoutedAttentionSpec(
-                block_size=16,
-                num_kv_heads=1,
-                head_size=32,
-                dtype=torch.float32,
-                keep_ratio=ratio,
-                encoder_ratio=schedule.encoder_ratio,
-                num_layers=4,
-            )
-            length = routed_length(computed + scheduled, spans, spec.keep_ratio, spec.encoder_ratio)
-            assert int(step.lengths[ratio].seq_lens[0]) == length
+    routing = RequestRouting.of(spans, request.prompt_token_ids, schedule, 2)
+    prompt = request.num_prompt_tokens
+    assert routing.dense_stages == 0 and routing.text_prefix == 2
+    assert [routing.kv_length(stage, prompt - 1) for stage in range(2)] == [2, 2]
+    for computed, scheduled in ((0, prompt), (0, 9), (9, prompt - 9), (prompt, 1)):
+        going = Going(routing, computed, scheduled)
+        step = plan_of([going], schedule, block_size=2)
+        for stage, lengths in enumerate(step.stages):
+            ratio = schedule.stages[stage].keep_ratio
+            kept = num_kept_of_images(sizes, ratio, schedule.encoder_ratio)
+            held = going.end - sum(sizes) + kept if going.end >= prompt else 2
+            assert int(lengths.seq_lens[0]) == routing.kv_length(stage, going.end) == held

@@ -65,6 +65,7 @@ class Batch:
                 mm_features=[feature(40, 20)],
                 prompt_token_ids=list(range(NUM_PROMPT)),
                 mrope_positions=torch.arange(3 * NUM_PROMPT).view(3, NUM_PROMPT),
+                sampling_params=None,
             ),
             "text": SimpleNamespace(mm_features=[], prompt_token_ids=[1, 2, 3]),
         }

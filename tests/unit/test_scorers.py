@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.visual_spans import VisualSpans
-from vllm_reroute.routing.prompt_rows import PromptRows
+from vllm_reroute.routing.prompt_rows import PromptRows, hidden_keys
 from vllm_reroute.routing.scorers.attention import (
     LAST_TOKEN,
+    KeepsKeyRows,
     LastTokenScorer,
     ScoringRule,
     attention_rows,
@@ -42,8 +45,16 @@ def test_rows_are_rows_of_softmax_attention(lens, num_heads, kv_heads, num_queri
     count, width, scale = len(lens), max(lens), 16**-0.5
     queries = torch.randn(count, num_queries, num_heads, 16)
     keys = torch.randn(count, width, kv_heads, 16)
-    weights = torch.rand(count, num_queries)
-    found = attention_rows(queries, keys, torch.tensor(lens), weights, scale, heads=reduction)
+    weights = torch.rand(count, num_queries) if num_queries > 1 else torch.ones(count, 1)
+    hidden = torch.from_numpy(hidden_keys(np.array(lens), num_queries))
+    found = attention_rows(
+        queries,
+        keys,
+        weights if num_queries > 1 else None,
+        hidden if hidden.any() else None,
+        scale,
+        heads=reduction,
+    )
     assert found.shape == (count, width) and found.dtype == torch.float32
     for i, length in enumerate(lens):
         expect = slowly(queries[i], keys[i, :length], weights[i], scale, reduction)
@@ -55,9 +66,8 @@ def test_rows_are_rows_of_softmax_attention(lens, num_heads, kv_heads, num_queri
 def test_scores_are_computed_in_fp32(dtype):
     torch.manual_seed(1)
     queries, keys = torch.randn(1, 1, 8, 32).to(dtype), torch.randn(1, 9, 2, 32).to(dtype)
-    lens, weights = torch.tensor([9]), torch.ones(1, 1)
-    (found,) = attention_rows(queries, keys, lens, weights, 32**-0.5, heads="mean")
-    expect = slowly(queries[0], keys[0], weights[0], 32**-0.5, "mean")
+    (found,) = attention_rows(queries, keys, None, None, 32**-0.5, heads="mean")
+    expect = slowly(queries[0], keys[0], [1.0], 32**-0.5, "mean")
     torch.testing.assert_close(found, expect, rtol=1e-5, atol=1e-6)
     assert float(found.sum()) == pytest.approx(8, rel=1e-5), "a share per head"
 
@@ -70,9 +80,7 @@ def test_rows_agree_with_torch_s_attention():
         keys[0].permute(1, 0, 2).repeat_interleave(4, dim=0),
         torch.eye(9).expand(8, 9, 9),
     )
-    (found,) = attention_rows(
-        queries, keys, torch.tensor([9]), torch.ones(1, 1), 32**-0.5, heads="mean"
-    )
+    (found,) = attention_rows(queries, keys, None, None, 32**-0.5, heads="mean")
     torch.testing.assert_close(found, shares.sum(dim=(0, 1)))
 
 
@@ -118,8 +126,6 @@ class Scored:
         )
         self.scorer = LastTokenScorer(layer, rule, most_rows)
         self.attention = layer.self_attn.attn
-        real = model.decoder._scorers[LAYER]
-        self.scorer._key_weight, self.scorer._key_bias = real._key_weight, real._key_bias
 
     def streams(self):
         """[(states, positions)] per request: of all tokens the stage holds after the step."""
@@ -184,12 +190,13 @@ def test_keys_of_many_rows_are_computed_some_at_a_time(model, cached, most_rows)
     assert sum(seen) == queries + shared + len(scored.prompts.rows)
 
 
-def test_sliced_and_fused_projections_agree(model):
+def test_sliced_and_fused_projections_agree(model, monkeypatch):
     """Quantised weights cannot be sliced: the whole projection runs, and gives the same keys."""
-    sliced, fused = (Scored(model, LAST_TOKEN, (64, 0, 0)) for _ in range(2))
-    assert sliced.scorer._key_weight is not None
-    fused.scorer._key_weight = fused.scorer._key_bias = None
-    torch.testing.assert_close(fused.scores(), sliced.scores(), rtol=1e-5, atol=1e-6)
+    scored = Scored(model, LAST_TOKEN, (64, 0, 0))
+    sliced, projection = scored.scores(), scored.scorer.attention.qkv_proj
+    assert isinstance(projection.quant_method, KeepsKeyRows)
+    monkeypatch.setattr(projection, "quant_method", UnquantizedLinearMethod())
+    torch.testing.assert_close(scored.scores(), sliced, rtol=1e-5, atol=1e-6)
 
 
 def test_a_prompt_s_scores_do_not_depend_on_the_batch(model, monkeypatch):

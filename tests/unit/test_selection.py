@@ -1,47 +1,52 @@
-"""Scores and choice on the device equal what a reader would do by hand, request by request."""
+"""The choice on the device equals what a reader would do by hand, request by request."""
 
-import numpy as np
 import pytest
 import torch
 
-from vllm_reroute.plan.step_plan import RequestRouting, plan_step
 from vllm_reroute.plan.visual_spans import VisualSpans
-from vllm_reroute.routing.prompt_rows import PromptRows, visual_mask
-from vllm_reroute.routing.scorers.attention import last_prompt_row
+from vllm_reroute.routing.prompt_rows import PromptRows, prompt_scores, text_mask
 from vllm_reroute.routing.selection import select_rows
+from vllm_reroute.schedule import RerouteOptions
+
+from .steps import Going, plan_of, routing_of
 
 CPU = torch.device("cpu")
-RATIOS = (1.0, 0.5, 0.2)
+SCHEDULE = RerouteOptions(layers=(1, 2), keep=(0.5, 0.2)).resolve(3)
+BLOCK = 4
 ONE = VisualSpans((4,), (24,))
 TWO = VisualSpans((1, 12), (9, 20))
 START = VisualSpans((0,), (7,))
+LATE = VisualSpans((14,), (24,))
 
-# spans, prompt tokens, computed before, scheduled now
-IMAGE = (ONE, 30, 0, 30)
-IMAGES = (TWO, 25, 0, 25)
-RESUMED = (START, 9, 0, 15)
-TEXT = (None, 40, 8, 12)
-DECODE = (ONE, 30, 44, 1)
+
+def going(spans, num_prompt, computed, scheduled):
+    return Going(routing_of(spans, num_prompt, SCHEDULE, BLOCK), computed, scheduled)
+
+
+IMAGE = going(ONE, 30, 0, 30)
+IMAGES = going(TWO, 25, 0, 25)
+RESUMED = going(START, 9, 0, 15)
+TEXT = Going(None, 8, 12)
+DECODE = going(ONE, 30, 44, 1)
+CHUNK = going(LATE, 30, 6, 12)  # runs 12 text tokens of its prompt in all stages; 6 are parked
+CACHED = going(LATE, 30, 16, 14)  # its first 12 tokens are in the pages of all stages
+LAST = going(ONE, 30, 29, 3)  # only its last prompt token runs before the decision
 
 
 class Step:
-    """A planned batch in the layout of all its tokens."""
+    """A planned batch in the layout of its candidates."""
 
     def __init__(self, *batch):
         self.batch = batch
-        routings = [
-            RequestRouting.of(spans, range(num_prompt), RATIOS) for spans, num_prompt, *_ in batch
-        ]
-        computed, scheduled = (np.array([r[i] for r in batch]) for i in (2, 3))
-        self.plan = plan_step(computed, scheduled, routings, RATIOS)
+        self.plan = plan_of(batch, SCHEDULE, BLOCK)
         self.prompts = PromptRows.of(self.plan, None, CPU)
-        self.visual = visual_mask(self.plan, CPU)
+        self.text = text_mask(self.plan, CPU)
+        self.visual = ~self.text
 
-    def select(self, scores, ratio_index, visual=None):
-        num_kept = [p.routing.num_kept(ratio_index) for p in self.plan.prefills]
-        num_selected = self.plan.lengths[RATIOS[ratio_index]].num_tokens
-        visual = self.visual if visual is None else visual
-        return select_rows(scores, visual, self.prompts, num_kept, num_selected).tolist()
+    def select(self, scores, stage):
+        num_kept = [p.routing.kept[stage] for p in self.plan.prefills]
+        num_selected = self.plan.stages[stage].num_tokens
+        return select_rows(scores, self.text, self.prompts, num_kept, num_selected).tolist()
 
     def table(self, per_request):
         """fp32 [requests, width] from one row of scores a prefill."""
@@ -56,9 +61,9 @@ class Step:
         scores = [torch.rand(n, generator=generator) for n in self.prompts.lens]
         return [(row * 4).floor() for row in scores] if seed % 2 else scores
 
-    def by_hand(self, per_request, ratio_index):
+    def by_hand(self, per_request, stage):
         """Rows that run: text and decodes, and of each prompt the best visual tokens, in order."""
-        rows = [row for row in range(self.plan.num_tokens) if not self.visual[row]]
+        rows = [row for row in range(len(self.visual)) if not self.visual[row]]
         for prefill, scores in zip(self.plan.prefills, per_request, strict=True):
             spans = prefill.routing.spans
             places = [
@@ -67,7 +72,8 @@ class Step:
                 for p in range(start, end)
             ]
             best = sorted(places, key=lambda p: (-float(scores[p]), p))
-            rows += [prefill.start + p for p in best[: prefill.routing.num_kept(ratio_index)]]
+            first = prefill.start - prefill.first
+            rows += [first + p for p in best[: prefill.routing.kept[stage]]]
         return sorted(rows)
 
 
@@ -75,20 +81,27 @@ BATCHES = {
     "one image": (IMAGE,),
     "two images in a prompt": (IMAGES,),
     "resumed": (RESUMED,),
+    "cached text before the image": (CACHED,),
+    "only the last token runs": (LAST,),
     "image requests of different lengths": (IMAGES, IMAGE, RESUMED),
-    "mixed": (TEXT, IMAGE, DECODE, DECODE, IMAGES, TEXT, RESUMED),
+    "mixed": (TEXT, IMAGE, DECODE, CACHED, DECODE, IMAGES, CHUNK, TEXT, RESUMED, LAST),
 }
 
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("ratio_index", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_best_run_in_order(batch, ratio_index, seed):
+def test_the_best_run_in_order(batch, stage, seed):
     step = Step(*batch)
     scores = step.random_scores(seed)
-    selected = step.select(step.table(scores), ratio_index)
-    assert selected == step.by_hand(scores, ratio_index)
-    assert len(selected) == step.plan.lengths[RATIOS[ratio_index]].num_tokens
+    if stage == 0:
+        num_kept, count = [p.routing.kept[0] for p in step.plan.prefills], len(step.visual)
+        selected = select_rows(step.table(scores), step.text, step.prompts, num_kept, count)
+        assert selected.tolist() == list(range(count)), "a ratio of 1 keeps all"
+        return
+    selected = step.select(step.table(scores), stage)
+    assert selected == step.by_hand(scores, stage)
+    assert len(selected) == step.plan.stages[stage].num_tokens
 
 
 @pytest.mark.parametrize(
@@ -114,79 +127,127 @@ def test_text_runs_whatever_it_scores():
     for prefill, row in zip(step.plan.prefills, scores, strict=True):
         row[~torch.from_numpy(prefill.routing.spans.mask(len(row)))] = -5.0
     assert step.select(step.table(scores), 2) == step.by_hand(scores, 2)
-    text = [row for row in range(step.plan.num_tokens) if not step.visual[row]]
+    text = [row for row in range(len(step.visual)) if not step.visual[row]]
     assert set(text) <= set(step.select(step.table(scores), 2))
 
 
-def test_text_takes_no_place_of_a_visual_token():
-    step = Step(IMAGE)
+@pytest.mark.parametrize("request_,first", [(IMAGE, 0), (CACHED, 12)], ids=["rows", "cached"])
+def test_text_takes_no_place_of_a_visual_token(request_, first):
+    step = Step(request_)
     scores = torch.arange(30.0).flip(0)  # the text before the image scores highest
-    assert step.select(step.table([scores]), 2) == [0, 1, 2, 3, 4, 5, 6, 7, *range(24, 30)]
+    kept, start = request_.routing.kept[2], request_.routing.spans.first
+    places = [*range(first, start + kept), *range(24, 30)]
+    assert step.select(step.table([scores]), 2) == [p - first for p in places]
 
 
-@pytest.mark.parametrize("ratio_index", [1, 2])
-def test_a_choice_does_not_depend_on_the_batch(ratio_index):
-    alone, together = Step(IMAGES), Step(TEXT, IMAGE, IMAGES, DECODE, RESUMED)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_choice_does_not_depend_on_the_batch(stage):
+    alone, together = Step(IMAGES), Step(TEXT, IMAGE, IMAGES, DECODE, CACHED, RESUMED)
     scores = together.random_scores(seed=7)
-    own = alone.select(alone.table([scores[1]]), ratio_index)
+    own = alone.select(alone.table([scores[1]]), stage)
     start = together.plan.prefills[1].start
-    rows = together.select(together.table(scores), ratio_index)
+    rows = together.select(together.table(scores), stage)
     assert [row - start for row in rows if start <= row < start + 25] == own
 
 
 def test_only_candidates_are_chosen_from():
     """`remove`: what an earlier stage dropped is no row of the layout; here, no candidate."""
     step = Step(IMAGE)
-    candidates = step.visual.clone()
-    candidates[4:14] = False  # ten visual rows left to choose from, the others count as text
+    text = step.text.clone()
+    text[4:14] = True  # ten visual rows left to choose from, the others count as text
     scores = torch.arange(30.0).flip(0)
-    rows = select_rows(step.table([scores]), candidates, step.prompts, [4], 24)
+    rows = select_rows(step.table([scores]), text, step.prompts, [4], 24)
     assert rows.tolist() == [*range(14), *range(14, 18), *range(24, 30)]
 
 
 def test_prompt_rows_of_a_mixed_step():
-    step = Step(TEXT, IMAGE, DECODE, RESUMED)
+    step = Step(TEXT, IMAGE, DECODE, CHUNK, CACHED, RESUMED)
     prompts = step.prompts
-    assert prompts.lens == (30, 9)
-    assert prompts.rows.tolist() == [*range(12, 42), *range(43, 52)], (
+    assert prompts.lens == (30, 30, 9) and prompts.num_cached == (0, 12, 0)
+    # 12 rows of text, 1 of a decode, 6 of a chunk (its text up to 12), 18 behind cached text.
+    assert prompts.rows.tolist() == [*range(12, 42), *range(49, 67), *range(67, 76)], (
         "the 6 resumed tokens are no prompt"
     )
-    assert prompts.last.tolist() == [41, 51]
-    assert prompts.slots.tolist() == [*range(30), *range(30, 39)]
-    assert step.visual.nonzero().flatten().tolist() == [*range(16, 36), *range(43, 50)]
-    compact = PromptRows.of(step.plan, 0.2, CPU)
-    assert compact.lens == (14, 3) and compact.num_rows == 12 + 14 + 1 + 9
-    assert compact.rows.tolist() == [*range(12, 26), *range(27, 30)]
-    assert compact.last.tolist() == [25, 29]
+    assert prompts.last.tolist() == [41, 66, 75]
+    # A place without a row of its own, cached or past the end, has that of the last token.
+    assert prompts.table.tolist() == [
+        [*range(12, 42)],
+        [*[66] * 12, *range(49, 67)],
+        [*range(67, 76), *[75] * 21],
+    ]
+    # Keys of the 12 cached tokens come first.
+    assert prompts.keys.view(3, 30).tolist() == [
+        [*range(12, 42)],
+        [*range(12), *range(42, 60)],
+        [*range(60, 69), *[0] * 21],
+    ]
+    assert prompts.cached.request.tolist() == [4] * 12
+    assert prompts.cached.position.tolist() == [*range(12)]
+    visual = [*range(16, 36), *range(51, 61), *range(67, 74)]
+    assert step.visual.nonzero().flatten().tolist() == visual
+    assert prompts.num_rows == 82 and not prompts.are_all_rows
+
+    compact = PromptRows.of(step.plan, 2, CPU)
+    assert compact.lens == (14, 22, 3) and compact.num_cached == (0, 12, 0)
+    assert compact.rows.tolist() == [*range(12, 26), *range(33, 43), *range(43, 46)]
+    assert compact.last.tolist() == [25, 42, 45]
+    assert compact.num_visual == (4, 2, 1)
+    assert compact.num_rows == 12 + 14 + 1 + 6 + 10 + 9
 
 
-@pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_last_prompt_row_is_a_row_of_softmax_attention(heads, kv_heads, dtype):
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(heads, 16, generator=generator).to(dtype)
-    keys = torch.randn(11, kv_heads, 16, generator=generator).to(dtype)
-    scale = 16**-0.5
-    expect = torch.zeros(11)
-    for head in range(heads):
-        own = keys[:, head * kv_heads // heads].float()
-        expect += torch.softmax(own @ query[head].float() * scale, dim=0)
-    row = last_prompt_row(query, keys, scale)
-    assert row.dtype == torch.float32
-    torch.testing.assert_close(row, expect, rtol=1e-5, atol=1e-6)
-    assert float(row.sum()) == pytest.approx(heads, rel=1e-5)
+def test_rows_of_text_that_others_may_read():
+    """Blocks that get full in this step, of text alone; only looked at where text is cached."""
+    step = Step(TEXT, IMAGE, DECODE, CHUNK, CACHED, RESUMED)
+    shared = step.prompts.shared
+    tokens = [(0, p) for p in range(8, 20)]  # the text request, its blocks of 4 complete
+    tokens += [(1, p) for p in range(4)]  # the first block of the image prompt
+    tokens += [(3, p) for p in range(6, 12)]  # what the chunk adds to its text
+    assert list(zip(shared.request.tolist(), shared.position.tolist(), strict=True)) == tokens
+    rows = [*range(12), *range(12, 16), *range(43, 49)]
+    assert step.prompts.shared_rows.tolist() == rows
+    assert PromptRows.of(step.plan, 2, CPU).shared_rows.tolist() == [
+        *range(12),
+        *range(12, 16),
+        *range(27, 33),
+    ]
+    assert not len(Step(TEXT, IMAGE, RESUMED).prompts.shared_rows), "nobody reads cached text"
 
 
-def test_last_prompt_row_agrees_with_torch_s_attention():
-    generator = torch.Generator().manual_seed(1)
-    query, keys = (
-        torch.randn(8, 32, generator=generator),
-        torch.randn(9, 2, 32, generator=generator),
-    )
-    one_hot = torch.eye(9).expand(8, 9, 9)
-    probabilities = torch.nn.functional.scaled_dot_product_attention(
-        query.unsqueeze(1), keys.permute(1, 0, 2).repeat_interleave(4, dim=0), one_hot
-    )
-    torch.testing.assert_close(
-        last_prompt_row(query, keys, 32**-0.5), probabilities.sum(dim=(0, 1))
-    )
+@pytest.mark.parametrize("scheduled,shared", [(3, 0), (4, 4), (7, 4), (8, 8)])
+def test_a_block_in_the_making_is_nobody_else_s(scheduled, shared):
+    step = Step(Going(None, 0, scheduled), CACHED)
+    assert len(step.prompts.shared) == shared
+
+
+def test_all_rows():
+    assert Step(IMAGE, IMAGES).prompts.are_all_rows
+    assert Step(CACHED, IMAGES).prompts.are_all_rows
+    assert not Step(RESUMED).prompts.are_all_rows
+    assert not Step(IMAGE, DECODE).prompts.are_all_rows
+
+
+def test_scores_of_rows_as_a_table():
+    step = Step(TEXT, CACHED, RESUMED)
+    of_rows = torch.arange(float(step.prompts.num_rows))
+    table = prompt_scores(of_rows, step.prompts)
+    assert table.tolist() == [
+        [29.0] * 12 + [float(row) for row in range(12, 30)],
+        [float(row) for row in range(30, 39)] + [38.0] * 21,
+    ]
+
+
+def test_rows_that_score():
+    step = Step(TEXT, IMAGE, RESUMED, LAST)
+    queries = step.prompts.query_rows(1)
+    assert queries.rows.tolist() == [41, 50, 82]
+    assert queries.weights is None
+    assert queries.hidden.sum(dim=2).flatten().tolist() == [0, 21, 0]
+    assert queries is step.prompts.query_rows(1), "made once for all decisions"
+    assert Step(IMAGE, CACHED).prompts.query_rows(1).hidden is None, "as long as each other"
+
+    short = PromptRows.of(Step(going(VisualSpans((0,), (7,)), 8, 0, 8)).plan, 2, CPU)
+    assert short.lens == (2,)
+    queries = short.query_rows(3)
+    assert queries.rows.tolist() == [1, 0, 1]
+    assert queries.weights.tolist() == [[0, 0.5, 0.5]], "a row that is not there weighs nothing"
+    assert queries.hidden[0].tolist() == [[False, True], [False, True], [False, False]]

@@ -14,9 +14,8 @@ _DIGIT_VALUES = 128
 def read_keys(layer: RoutedAttention, places: Places) -> torch.Tensor:
     """Keys [n, kv_heads, dim] of n tokens, by their place in the K/V of the layer's stage."""
     cache = layer.kv_cache
-    slots = layer.tables.slots_of(layer.place.stage, places, layer.place.index)[0]
-    size = cache.shape[2]
-    blocks, offsets = slots // size, slots % size
+    blocks, offsets = layer.tables.blocks_of(layer.place.stage, places, layer.place.index)
+    blocks = blocks[0]
     where = _key_places(layer)
     if where is None:
         return cache[blocks, :, offsets, : layer.head_size]

@@ -156,7 +156,15 @@ class StepTables:
         )
 
     def slots_of(self, stage: int, places: Places, layer: int | None = None) -> torch.Tensor:
-        """Slots [layers, n] of tokens by their place in the stage's K/V.
+        """Slots [layers, n] int64 of tokens, see `blocks_of`."""
+        blocks, offsets = self.blocks_of(stage, places, layer)
+        return blocks.long() * self.block_size + offsets
+
+    def blocks_of(
+        self, stage: int, places: Places, layer: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks [layers, n] int32 of tokens by their place in the stage's K/V, and the offsets [n]
+        int64 in them.
 
         layer: index of the only layer asked for; None for all of the stage.
         """
@@ -165,8 +173,7 @@ class StepTables:
             layers = slice(layers.start + layer, layers.start + layer + 1)
         entries = places.request * self.max_blocks + places.position // self.block_size
         packed = to_device(np.stack((entries, places.position % self.block_size)), self.device)
-        blocks = self.block_tables[layers].flatten(1).index_select(1, packed[0])
-        return blocks.long() * self.block_size + packed[1]
+        return self.block_tables[layers].flatten(1).index_select(1, packed[0]), packed[1]
 
     def _layers(self, stage: int) -> slice:
         first = sum(self.num_layers[:stage])

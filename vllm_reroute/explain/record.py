@@ -93,7 +93,7 @@ class _Recorder:
     def _scores(choice: Choice, number: np.ndarray, num_visual: int) -> np.ndarray:
         """[visual tokens] fp32; NaN for those that were no candidates any more."""
         prompts, candidates = choice.prompts, choice.candidates
-        of_rows = choice.scores.flatten()[prompts.slots].float().cpu().numpy()
+        of_rows = choice.scores[0, prompts.num_cached[0] : prompts.lens[0]].float().cpu().numpy()
         ranked = candidates.visual[prompts.rows].cpu().numpy()
         rows = candidates.rows[prompts.rows].cpu().numpy()[ranked]
         of_tokens = np.full(num_visual, np.nan, dtype=np.float32)

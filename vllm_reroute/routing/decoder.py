@@ -189,7 +189,7 @@ class RoutedDecoder(nn.Module):
         """Score and choose at a layer's input, where the schedule says so."""
         decision = next((d for d in self.schedule.decisions if d.layer == layer), None)
         scored = next((d for d in self.schedule.decisions if d.scored_at == layer), None)
-        if tokens.prompts is None or (decision is None and scored is None):
+        if (decision is None and scored is None) or tokens.prompts is None:
             return
         tokens.merge()
         accumulates = self.schedule.scorer == "accumulated"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +14,20 @@ from vllm_reroute.to_device import to_device
 
 
 @dataclass(frozen=True)
+class QueryRows:
+    """The rows that score, of one number n of tokens per prompt.
+
+    rows: [requests * n] int64, the layout's rows of the prompts' last n tokens, in order. weights:
+    fp32 [requests, n], of each row in the mean; None for n = 1. hidden: bool [requests, n, width],
+    keys a row does not see; None where all rows see all of them.
+    """
+
+    rows: torch.Tensor
+    weights: torch.Tensor | None
+    hidden: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class PromptRows:
     """Prompts in a token layout: that of the candidates, or of the stage before.
 
@@ -21,16 +35,20 @@ class PromptRows:
     looks at all tokens that are present, cached ones first, as a padded table [requests, width].
 
     rows: [P] int64, the layout's rows of the prompts' tokens, request by request.
-    slots: [P] int64, their places in the table, flattened. last: [requests] int64, the layout's row
-    of each last prompt token, which scores. lens: [requests], tokens present per prompt.
-    num_cached: [requests], of them cached. num_visual: visual tokens present per prompt.
-    num_rows: rows of the layout. requests: whose prompts these are.
+    table: [requests, width] int64, the row of each place; that of the prompt's last token, which is
+    text, where a place has none. keys: [requests * width] int64, where each place's key is among
+    those of all cached tokens followed by those of `rows`.
+    last: [requests] int64, the row of each last prompt token, which scores.
+    lens: [requests], tokens present per prompt. num_cached: [requests], of them cached.
+    num_visual: visual tokens present per prompt. num_rows: rows of the layout.
+    requests: whose prompts these are. batch_rows: their rows in the step's batch.
     shared_rows: [s] int64, the layout's rows of text that becomes shareable in this step, at the
     K/V places `shared`; empty where no prompt has cached text.
     """
 
     rows: torch.Tensor
-    slots: torch.Tensor
+    table: torch.Tensor
+    keys: torch.Tensor
     last: torch.Tensor
     lens: tuple[int, ...]
     num_cached: tuple[int, ...]
@@ -40,6 +58,7 @@ class PromptRows:
     batch_rows: tuple[int, ...]
     shared_rows: torch.Tensor
     shared: Places
+    _query_rows: dict[int, QueryRows] = field(default_factory=dict, repr=False)
 
     @property
     def width(self) -> int:
@@ -57,11 +76,27 @@ class PromptRows:
         request = np.array(self.batch_rows, dtype=np.int64).repeat(counts)
         return Places(request, _ranges(np.zeros_like(counts), counts))
 
-    @cached_property
-    def cached_slots(self) -> np.ndarray:
-        """[cached] int64: places of the cached tokens in the table, flattened."""
-        counts = np.array(self.num_cached, dtype=np.int64)
-        return _ranges(np.arange(len(counts)) * self.width, counts)
+    def query_rows(self, n: int) -> QueryRows:
+        """The rows of the prompts' last n tokens, made once for all decisions in this layout.
+
+        The rows of a prompt shorter than n count from its first token; others weigh nothing.
+        """
+        if n not in self._query_rows:
+            device, lens = self.rows.device, np.array(self.lens)
+            back = np.arange(n)[::-1]
+            present = back < (lens - np.array(self.num_cached))[:, None]
+            rows = self.last
+            if n > 1:
+                shift = to_device(np.where(present, back, 0), device)
+                rows = (rows[:, None] - shift).flatten()
+            weights = (present / present.sum(axis=1, keepdims=True)).astype(np.float32)
+            hidden = hidden_keys(lens, n)
+            self._query_rows[n] = QueryRows(
+                rows=rows,
+                weights=to_device(weights, device) if n > 1 else None,
+                hidden=to_device(hidden, device) if hidden.any() else None,
+            )
+        return self._query_rows[n]
 
     @classmethod
     def of(cls, plan: StepPlan, stage: int | None, device: torch.device) -> PromptRows:
@@ -80,16 +115,23 @@ class PromptRows:
             dtype=np.int64,
         )
         starts = np.array([lengths.query_start_loc[p.index] for p in prefills], dtype=np.int64)
-        lens = cached + own
-        table_starts = np.arange(len(prefills)) * int(lens.max()) + cached
+        lens, last = cached + own, starts + own - 1
+        count, width = len(prefills), int(lens.max())
+        rows, first_places = _ranges(starts, own), np.arange(count) * width
+        own_places = _ranges(first_places + cached, own)
+        table, keys = last.repeat(width), np.zeros(count * width, dtype=np.int64)
+        table[own_places] = rows
+        keys[own_places] = cached.sum() + np.arange(len(rows))
+        keys[_ranges(first_places, cached)] = np.arange(cached.sum())
         shared, shared_rows = _shared_text(plan, lengths, prefills)
-        packed = (_ranges(starts, own), _ranges(table_starts, own), starts + own - 1, shared_rows)
-        rows, slots, last, shared_rows = to_device(np.concatenate(packed), device).split(
+        packed = (rows, table, keys, last, shared_rows)
+        rows, table, keys, last, shared_rows = to_device(np.concatenate(packed), device).split(
             [len(part) for part in packed]
         )
         return cls(
             rows=rows,
-            slots=slots,
+            table=table.view(count, width),
+            keys=keys,
             last=last,
             lens=tuple(lens.tolist()),
             num_cached=tuple(cached.tolist()),
@@ -104,18 +146,25 @@ class PromptRows:
 
 def prompt_scores(of_tokens: torch.Tensor, prompts: PromptRows) -> torch.Tensor:
     """Scores [requests, width] from one per row of the layout: what a scorer would return."""
-    scores = of_tokens.new_zeros(len(prompts.lens) * prompts.width)
-    scores[prompts.slots] = of_tokens[prompts.rows]
-    return scores.view(len(prompts.lens), prompts.width)
+    return of_tokens[prompts.table]
 
 
-def visual_mask(plan: StepPlan, device: torch.device) -> torch.Tensor:
-    """bool [candidates]: the visual tokens decided about in this step."""
-    mask = np.zeros(plan.candidates.num_tokens, dtype=bool)
+def hidden_keys(lens: np.ndarray, n: int) -> np.ndarray:
+    """bool [requests, n, width]: keys that a prompt's last n tokens, in order, do not see.
+
+    Each sees the keys up to its own; the last one sees all of the prompt's.
+    """
+    seen = (lens[:, None] - np.arange(n)[::-1]).clip(min=1)
+    return np.arange(int(lens.max())) >= seen[..., None]
+
+
+def text_mask(plan: StepPlan, device: torch.device) -> torch.Tensor:
+    """bool [candidates]: all but the visual tokens decided about in this step."""
+    mask = np.ones(plan.candidates.num_tokens, dtype=bool)
     for prefill in plan.prefills:
         end = prefill.first + prefill.num_tokens
         own = prefill.routing.spans.mask(end)[prefill.first :]
-        mask[prefill.start : prefill.start + prefill.num_tokens] = own
+        mask[prefill.start : prefill.start + prefill.num_tokens] = ~own
     return to_device(mask, device)
 
 

@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from vllm_reroute.plan.step_plan import StepPlan
-from vllm_reroute.routing.prompt_rows import PromptRows, visual_mask
+from vllm_reroute.routing.prompt_rows import PromptRows, text_mask
 from vllm_reroute.routing.selection import select_rows
 
 
-@dataclass
 class Tokens:
     """Tokens in a layout.
 
-    stream: [n, hidden], residual stream. positions: [n] or [3, n], original rope positions. rows:
-    [n] int64, their places among the candidates of the first decision. visual: bool [n].
+    stream: [n, hidden], residual stream. positions: [n] or [3, n], original rope positions.
     """
 
-    stream: torch.Tensor
-    positions: torch.Tensor
-    rows: torch.Tensor
-    visual: torch.Tensor
+    def __init__(
+        self,
+        stream: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        text: torch.Tensor,
+        taken: torch.Tensor | None = None,
+    ) -> None:
+        """rows, text: of the tokens of which `taken` are these; None where they are all of them."""
+        self.stream, self.positions = stream, positions
+        self._rows, self._text, self._taken = rows, text, taken
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """[n] int64, their places among the candidates of the first decision."""
+        return self._rows if self._taken is None else self._rows[self._taken]
+
+    @cached_property
+    def text(self) -> torch.Tensor:
+        """bool [n], whether nobody decides about them."""
+        return self._text if self._taken is None else self._text[self._taken]
+
+    @property
+    def visual(self) -> torch.Tensor:
+        """bool [n], whether they are what is decided about."""
+        return ~self.text
 
     def take(self, rows: torch.Tensor) -> Tokens:
-        """The only gather: states, positions and places travel together."""
+        """The only gather: states and positions travel together, the rest when it is asked for."""
         return Tokens(
-            self.stream[rows], self.positions[..., rows], self.rows[rows], self.visual[rows]
+            self.stream[rows], self.positions[..., rows], self.rows, self.text, taken=rows
         )
 
 
@@ -53,8 +74,7 @@ class TokenState:
 
     candidates: who can be chosen at the next decision. chosen: those of them that run now, None for
     all. hidden, residual: of those that run, as decoder layers hand them on; residual is None where
-    nothing has run since the last decision. prompts: the image prompts among the candidates; None where
-    this step decides about none.
+    nothing has run since the last decision.
     """
 
     def __init__(self, plan: StepPlan, stream: torch.Tensor, positions: torch.Tensor) -> None:
@@ -68,13 +88,22 @@ class TokenState:
             stream=stream,
             positions=positions,
             rows=torch.arange(len(stream), device=device),
-            visual=visual_mask(plan, device),
+            text=text_mask(plan, device),
         )
         self.chosen: torch.Tensor | None = None
         self.running = self.candidates
         self.hidden, self.residual = stream, None
         self.scores: torch.Tensor | None = None
-        self.prompts = PromptRows.of(plan, None, device) if plan.prefills else None
+        self._prompts: PromptRows | None = None
+        self._layout: int | None = None
+
+    @property
+    def prompts(self) -> PromptRows | None:
+        """The image prompts among the candidates; None where this step decides about none."""
+        if self._prompts is None and self.plan.prefills:
+            device = self.candidates.stream.device
+            self._prompts = PromptRows.of(self.plan, self._layout, device)
+        return self._prompts
 
     def merge(self) -> None:
         """Bring the residual stream of all candidates to the layer reached.
@@ -101,7 +130,7 @@ class TokenState:
             scores = self.scores
             self.chosen = select_rows(
                 self.scores,
-                self.candidates.visual,
+                self.candidates.text,
                 self.prompts,
                 self._num_kept(stage),
                 self.plan.stages[stage].num_tokens,
@@ -110,7 +139,7 @@ class TokenState:
         self.hidden, self.residual = self.running.stream, None
         if removes:
             self.candidates, self.chosen = self.running, None
-            self.prompts = PromptRows.of(self.plan, stage, self.running.rows.device)
+            self._prompts, self._layout = None, stage
         return Choice(self.plan, stage, candidates, prompts, scores, self.running)
 
     def _num_kept(self, stage: int) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import nn
 from vllm.distributed import get_tp_group
@@ -13,7 +12,6 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_reroute.attention.key_pages import read_keys, write_keys
 from vllm_reroute.routing.prompt_rows import PromptRows
-from vllm_reroute.to_device import to_device
 
 HeadReduction = Literal["mean", "max"]
 
@@ -21,30 +19,37 @@ HeadReduction = Literal["mean", "max"]
 def attention_rows(
     queries: torch.Tensor,
     keys: torch.Tensor,
-    lens: torch.Tensor,
-    weights: torch.Tensor,
+    weights: torch.Tensor | None,
+    hidden: torch.Tensor | None,
     scale: float,
     *,
     heads: HeadReduction,
 ) -> torch.Tensor:
-    """Causal attention of the last prompt tokens to each key, their weighted mean.
+    """Attention of the last prompt tokens to each key, their weighted mean.
 
     queries: [requests, n, heads, dim], of the last n tokens in order; keys: [requests, width,
-    kv_heads, dim], of which `lens` [requests] are there. weights: [requests, n]. Returns
-    [requests, width], fp32, the sum or the maximum over this rank's heads; higher is kept, and 0
-    past a prompt's end.
+    kv_heads, dim]. weights: [requests, n]; None for n = 1. hidden: bool [requests, n, width], keys
+    a query does not see; None where each sees all. Returns [requests, width], fp32: the maximum over
+    this rank's heads or, for the mean, their sum; higher is kept, and 0 past a prompt's end.
     """
-    count, n = queries.shape[:2]
+    count, n, num_heads = queries.shape[:3]
     width, num_kv_heads = keys.shape[1:3]
-    grouped = queries.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).float()
-    logits = torch.matmul(grouped.flatten(2, 3), keys.permute(0, 2, 3, 1).float()) * scale
-    logits = logits.view(count, num_kv_heads, -1, n, width)
-    # Query j of the last n sees the keys up to its own, the last query all of them.
-    seen = lens[:, None] - torch.arange(n, device=lens.device).flip(0)
-    hidden = torch.arange(width, device=lens.device) >= seen.clamp(min=1)[..., None]
-    logits = logits.masked_fill_(hidden[:, None, None], -torch.inf)
-    rows = (logits.softmax(dim=-1) * weights[:, None, None, :, None]).sum(dim=3).flatten(1, 2)
-    return rows.amax(dim=1) if heads == "max" else rows.sum(dim=1)
+    # One batch of matrices per request and K/V head, whose rows are queries.
+    grouped = queries.float().unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    ordered = keys.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    logits = torch.baddbmm(
+        ordered.new_empty(1, 1, 1),
+        grouped.reshape(count * num_kv_heads, -1, keys.shape[3]),
+        ordered.flatten(0, 1).transpose(1, 2),
+        beta=0,
+        alpha=scale,
+    ).view(count, num_heads, n, width)
+    if hidden is not None:
+        logits.masked_fill_(hidden.unsqueeze(1), -torch.inf)
+    rows = logits.softmax(dim=-1)
+    if weights is not None:
+        rows = (rows * weights[:, None, :, None]).sum(dim=2, keepdim=True)
+    return (rows.amax(dim=1) if heads == "max" else rows.sum(dim=1)).squeeze(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +115,7 @@ class LastTokenScorer:
 
     Works on the scoring layer's own input: RMSNorm, q of the last prompt token, k of every
     prompt token present, per-head norms where the model has them (Qwen3), rope, per-head softmax
-    over these keys, mean over all heads. One row per request, or the few of another
+    over these keys, their sum over all heads, which ranks like their mean. One row per request, or the few of another
     `ScoringRule`; never a map over queries.
     """
 
@@ -120,7 +125,6 @@ class LastTokenScorer:
         self.most_rows = most_rows
         self.norm = layer.input_layernorm
         self.attention = layer.self_attn
-        self.num_heads = get_tp_group().world_size * self.attention.num_heads
         modules = dict(self.attention.named_children())
         self._head_norms = {n: modules[n] for n in ("q_norm", "k_norm") if n in modules}
         # Only unquantised weights can be sliced; others use the whole fused projection.
@@ -137,15 +141,18 @@ class LastTokenScorer:
         stream: [rows, hidden], the residual stream at the layer's input. positions: [rows] or
         [3, rows]. The same on every tensor-parallel rank.
         """
-        rule = self.rule
-        queries, weights = self._queries_of(stream, positions, prompts)
-        keys = self._key_table(stream, positions, prompts)
-        lens = to_device(np.array(prompts.lens, dtype=np.int64), stream.device)
+        queries = prompts.query_rows(self.rule.num_queries)
         scores = attention_rows(
-            queries, keys, lens, weights, self.attention.scaling, heads=rule.heads
+            self._queries(stream[queries.rows], positions[..., queries.rows]).unflatten(
+                0, (len(prompts.lens), -1)
+            ),
+            self._key_table(stream, positions, prompts),
+            queries.weights,
+            queries.hidden,
+            self.attention.scaling,
+            heads=self.rule.heads,
         )
-        scores = alike_on_all_ranks(scores, rule.heads)
-        return scores / self.num_heads if rule.heads == "mean" else scores
+        return alike_on_all_ranks(scores, self.rule.heads)
 
     def _key_table(
         self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
@@ -157,15 +164,10 @@ class LastTokenScorer:
                 self.attention.attn, self._keys(stream[rows], positions[..., rows]), prompts.shared
             )
         keys = self._keys_of_rows(stream, positions, prompts)
-        count, width = len(prompts.lens), prompts.width
-        if count == 1 and not len(prompts.cached):
-            return keys.unsqueeze(0)
-        table = keys.new_zeros(count * width, *keys.shape[1:])
-        table[prompts.slots] = keys
         if len(prompts.cached):
-            cached = read_keys(self.attention.attn, prompts.cached)
-            table[to_device(prompts.cached_slots, stream.device)] = cached.to(keys.dtype)
-        return table.unflatten(0, (count, width))
+            keys = torch.cat((read_keys(self.attention.attn, prompts.cached).to(keys.dtype), keys))
+        count = len(prompts.lens)
+        return keys.unsqueeze(0) if count == 1 else keys[prompts.keys].unflatten(0, (count, -1))
 
     def _keys_of_rows(
         self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
@@ -173,36 +175,20 @@ class LastTokenScorer:
         """Keys of the prompts' rows, some rows after the others where they are very many."""
         if prompts.are_all_rows and len(stream) <= self.most_rows:
             return self._keys(stream, positions)
-        return torch.cat(
-            [
-                self._keys(stream[rows], positions[..., rows])
-                for rows in prompts.rows.split(self.most_rows)
-            ]
-        )
-
-    def _queries_of(
-        self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [requests, n, heads, dim] of the prompts' last n tokens, and weights [requests, n].
-
-        The rows of a prompt shorter than n count from its first token; others weigh nothing.
-        """
-        n = self.rule.num_queries
-        own = np.array(prompts.lens) - np.array(prompts.num_cached)
-        back = np.arange(n)[::-1]
-        present = back < own[:, None]
-        shift = to_device(np.where(present, back, 0).astype(np.int64), stream.device)
-        rows = (prompts.last[:, None] - shift).flatten()
-        weights = (present / present.sum(axis=1, keepdims=True)).astype(np.float32)
-        queries = self._queries(stream[rows], positions[..., rows])
-        return queries.unflatten(0, (-1, n)), to_device(weights, stream.device)
+        keys = [
+            self._keys(stream[rows], positions[..., rows])
+            for rows in prompts.rows.split(self.most_rows)
+        ]
+        return keys[0] if len(keys) == 1 else torch.cat(keys)
 
     def _queries(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         attention = self.attention
         fused, _ = attention.qkv_proj(self.norm(states))
-        queries = self._head_norm("q_norm", fused[:, : attention.q_size].contiguous())
-        queries, _ = attention.rotary_emb(positions, queries, self._one_head(states))
-        return queries.view(len(states), -1, attention.head_dim)
+        queries, keys, _ = fused.split(
+            (attention.q_size, attention.kv_size, attention.kv_size), dim=-1
+        )
+        queries, _ = attention.rotary_emb(positions, self._head_norm("q_norm", queries), keys)
+        return queries.unflatten(-1, (-1, attention.head_dim))
 
     def _keys(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         attention, normed = self.attention, self.norm(states)
@@ -212,10 +198,10 @@ class LastTokenScorer:
         else:
             fused, _ = projection(normed)
             first = attention.q_size
-            keys = fused[:, first : first + attention.kv_size].contiguous()
+            keys = fused[:, first : first + attention.kv_size]
         keys = self._head_norm("k_norm", keys)
         _, keys = attention.rotary_emb(positions, self._one_head(states), keys)
-        return keys.view(len(states), -1, attention.head_dim)
+        return keys.unflatten(-1, (-1, attention.head_dim))
 
     def _head_norm(self, name: str, states: torch.Tensor) -> torch.Tensor:
         norm = self._head_norms.get(name)
@@ -224,5 +210,5 @@ class LastTokenScorer:
         return norm(states.unflatten(-1, (-1, self.attention.head_dim))).flatten(-2)
 
     def _one_head(self, states: torch.Tensor) -> torch.Tensor:
-        # Rotary embeddings take queries and keys together; the other side is not needed.
-        return states.new_zeros(len(states), self.attention.head_dim)
+        # Rotary embeddings take queries and keys together; whatever is in the other side will do.
+        return states.new_empty(len(states), self.attention.head_dim)
