@@ -304,7 +304,7 @@ def test_published_schedules_agree_between_scheduler_and_worker(seed):
         ends = tuple(start + size for start, size in zip(starts, sizes, strict=True))
         prompt = range(ends[-1] + rng.randint(1, 40))
         routing = RequestRouting.of(VisualSpans(tuple(starts), ends, sizes), prompt, schedule, 16)
-        cuts = sorted(rng.sample(range(1, len(prompt)), 3)) + [len(prompt), len(prompt) + 3]
+        cuts = [*sorted(rng.sample(range(1, len(prompt)), 3)), len(prompt), len(prompt) + 3]
         held = [0] * len(schedule.stages)
         for before, after in zip([0, *cuts], cuts, strict=False):
             step = plan_step(
