@@ -1,4 +1,4 @@
-"""From routed specs to vLLM's KV cache groups: one per keep ratio, no padding, few wasted bytes."""
+"""From routed specs to vLLM's KV cache groups: one per stage, no padding, few wasted bytes."""
 
 from collections import Counter
 from dataclasses import replace
@@ -15,6 +15,7 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 
+from vllm_reroute.kv_cache.spec import ParkedSpec, StageSpec
 from vllm_reroute.schedule import RerouteOptions
 from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
 from vllm_reroute.schedule.published import ACTIONS, SCHEDULES, TIERS
@@ -27,7 +28,7 @@ LLAVA_7B = {"kv_heads": 32, "head_size": 128, "dtype": torch.bfloat16}
 BYTES_PER_TOKEN = 2 * 32 * 128 * 2
 VISUAL = 576
 
-# Custom schedules that a grouping by layer counts would pad: uneven, shared, rising, one per layer.
+# Custom schedules that a grouping by layer counts would pad: uneven, equal, rising, one per layer.
 CUSTOM = [
     ((3, 7, 15, 23), (0.5, 0.3, 0.2, 0.1), 32),
     ((2, 5, 9), (0.5, 0.25, 0.5), 12),
@@ -44,8 +45,6 @@ ROUTED = [
     ),
     *(RerouteOptions(layers=layers, keep=keep).resolve(depth) for layers, keep, depth in CUSTOM),
 ]
-# Distinct ratios, the dense first stage included where there is one.
-NUM_GROUPS = [*[2] * 6, *[4] * 3, *[5] * 3, *[2] * 6, 5, 3, 4, 1, 6]
 
 
 @pytest.fixture(scope="module")
@@ -59,24 +58,29 @@ def layout(request, vllm_config):
     return request.param
 
 
-@pytest.mark.parametrize("schedule,num_groups", list(zip(ROUTED, NUM_GROUPS, strict=True)), ids=str)
-def test_one_group_per_distinct_ratio(schedule, num_groups, vllm_config, layout):
+@pytest.mark.parametrize("schedule", ROUTED, ids=str)
+def test_one_group_per_stage_and_one_for_parked_states(schedule, vllm_config, layout):
     specs = layer_specs(schedule)
     groups = get_kv_cache_groups(vllm_config, dict(specs))
-    assert len(groups) == num_groups
-    assert [group.kv_cache_spec for group in groups] == list(specs.values())
-    assert [group.layer_names for group in groups] == [[name] for name in specs]
-    assert sum(group.kv_cache_spec.num_layers for group in groups) == schedule.num_layers
+    found = [group.kv_cache_spec for group in groups]
+    assert len(groups) == len(schedule.stages) + 1
+    assert sorted(map(str, found)) == sorted(map(str, specs.values()))
+    assert sorted(group.layer_names for group in groups) == sorted([name] for name in specs)
+    stages = [spec for spec in found if isinstance(spec, StageSpec)]
+    assert [(s.stage, s.num_layers) for s in sorted(stages, key=lambda s: s.stage)] == [
+        (number, stage.num_layers) for number, stage in enumerate(schedule.stages)
+    ]
 
 
-@pytest.mark.parametrize("schedule,num_groups", list(zip(ROUTED, NUM_GROUPS, strict=True)), ids=str)
-def test_a_pool_of_blocks_without_padding(schedule, num_groups, vllm_config, layout):
+@pytest.mark.parametrize("schedule", ROUTED, ids=str)
+def test_a_pool_of_blocks_without_padding(schedule, vllm_config, layout):
     """Every block of the pool is one layer's page: all the memory given can be used by any group."""
     specs = layer_specs(schedule, **LLAVA_7B)
     page = 16 * BYTES_PER_TOKEN
     (config,) = get_kv_cache_configs(vllm_config, [dict(specs)], [5000 * page + 17])
     assert config.num_blocks == 5000
     assert {group.kv_cache_spec.page_size_bytes for group in config.kv_cache_groups} == {page}
+    num_groups = len(schedule.stages) + 1
     assert len(config.kv_cache_groups) == len(config.kv_cache_tensors) == num_groups
     assert {
         (tensor.size, tensor.offset, tensor.block_stride) for tensor in config.kv_cache_tensors
@@ -86,9 +90,10 @@ def test_a_pool_of_blocks_without_padding(schedule, num_groups, vllm_config, lay
 
 
 def test_vllm_counts_every_layer_of_a_long_text_request(vllm_config, layout):
-    """Its start-up check and its concurrency speak of `max_model_len` text tokens in all 32 layers."""
+    """Its start-up check and its concurrency speak of `max_model_len` tokens in all 32 layers, and
+    of the same in parked states: the longest image prompt fits, chunk by chunk."""
     schedule = RerouteOptions(schedule="pdrop").resolve(32)
-    blocks = 32 * cdiv(vllm_config.model_config.max_model_len, 16)
+    blocks = (32 + 2) * cdiv(vllm_config.model_config.max_model_len, 16)
     page = 16 * BYTES_PER_TOKEN
     specs = layer_specs(schedule, **LLAVA_7B)
     (config,) = get_kv_cache_configs(vllm_config, [dict(specs)], [(3 * blocks + 1) * page])
@@ -105,21 +110,22 @@ def test_block_table_rows_hold_every_layer(vllm_config):
     entries = stock.max_num_blocks_per_req(vllm_config, 1000)
     assert entries >= cdiv(1000, 16)
     found = [s.max_num_blocks_per_req(vllm_config, 1000) for s in layer_specs(schedule).values()]
-    assert found == [3 * entries, 2 * entries, 3 * entries]
+    assert found == [3 * entries, 2 * entries, 3 * entries, 2 * entries]
 
 
-def test_specs_of_different_ratios_do_not_mix():
-    first, second, _ = layer_specs(
+def test_specs_of_different_stages_do_not_mix():
+    first, second, _, parked = layer_specs(
         RerouteOptions(layers=(2, 4), keep=(0.5, 0.25)).resolve(6)
     ).values()
     assert first.merge([first, first]) == first
     for other in (
         second,
-        replace(first, keep_ratio=0.75),
+        parked,
+        replace(first, stage=3),
         replace(first, num_layers=3),
         replace(first, block_size=32),
     ):
-        with pytest.raises(AssertionError, match="keep ratios"):
+        with pytest.raises(AssertionError, match="different stages"):
             first.merge([first, other])
         assert not is_kv_cache_spec_uniform({"a": first, "b": other})
         assert not first.is_uniform_with_collection({"a": first, "b": other})
@@ -128,15 +134,17 @@ def test_specs_of_different_ratios_do_not_mix():
     assert first.is_uniform_with_collection({"a": first, "b": replace(first)})
 
 
-def test_ratios_alone_tell_specs_apart():
-    """As keys of one dictionary: vLLM buckets layers by spec."""
-    specs = layer_specs(RerouteOptions(layers=(2, 4, 6), keep=(0.5, 0.25, 0.5)).resolve(8))
-    assert [(spec.keep_ratio, spec.num_layers) for spec in specs.values()] == [
-        (1.0, 2),
-        (0.5, 4),
-        (0.25, 2),
+def test_stages_alone_tell_specs_apart():
+    """As keys of one dictionary: vLLM buckets layers by spec. Equal ratios, a dense one included."""
+    specs = list(
+        layer_specs(RerouteOptions(layers=(2, 4, 6), keep=(1.0, 0.5, 0.5)).resolve(8)).values()
+    )
+    assert [(type(spec), spec.num_layers) for spec in specs] == [(StageSpec, 2)] * 4 + [
+        (ParkedSpec, 2)
     ]
-    assert set(Counter(specs.values()).values()) == {1}
+    assert [spec.stage for spec in specs[:-1]] == [0, 1, 2, 3]
+    assert set(Counter(specs).values()) == {1}
+    assert [spec.prefix_cacheable for spec in specs] == [True] * 4 + [False]
 
 
 @pytest.mark.parametrize("name,action,tier", PUBLISHED)

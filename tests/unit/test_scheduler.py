@@ -2,27 +2,18 @@
 
 import random
 
-import numpy as np
 import pytest
-import torch
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
-from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_reroute.kv_cache.scheduler import RoutedAsyncScheduler, RoutedScheduler
-from vllm_reroute.plan.step_plan import RequestRouting, plan_step
-from vllm_reroute.plan.visual_spans import visual_spans
-from vllm_reroute.schedule import CONFIG_KEY, RoutingSchedule
+from vllm_reroute.schedule import CONFIG_KEY
 
-from .parts import VISUAL, feature, kv_cache_config, make_request
+from .parts import VISUAL, feature, make_request
+from .scheduler_steps import BLOCK, DEPTH, OPTIONS, PAGES, Steps, image, text
 
-BLOCK = 16
 BUDGET = 64
-DEPTH = 8
-OPTIONS = {"layers": [3, 5], "keep": [0.5, 0.25]}
 
 
 @pytest.fixture(scope="module")
@@ -35,91 +26,21 @@ def configs(engine_config):
     }
 
 
-class Steps:
-    """A scheduler, and a model that always answers `7`."""
+@pytest.fixture
+def limited(configs):
+    """The routed config with other limits of a step, for this test only."""
+    scheduler_config = configs["routed"].scheduler_config
+    before = {}
 
-    def __init__(self, vllm_config, *, units=100, caching=True, asynchronous=False):
-        """units: blocks of 16 tokens in every layer that the pool holds beside its null block."""
-        if CONFIG_KEY in vllm_config.additional_config:
-            # One block of a routed pool is one layer's; a stock one has all layers.
-            num_blocks, self.schedule = DEPTH * units + 1, RoutingSchedule.of(vllm_config)
-            kv = kv_cache_config(self.schedule, num_blocks, block_size=BLOCK)
-        else:
-            num_blocks = units + 1
-            spec = FullAttentionSpec(
-                block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.bfloat16
-            )
-            kv = KVCacheConfig(
-                num_blocks, [], [KVCacheGroupSpec([f"layers.{i}.attn" for i in range(DEPTH)], spec)]
-            )
-        vllm_config.cache_config.num_gpu_blocks = num_blocks
-        vllm_config.cache_config.enable_prefix_caching = caching
-        vllm_config.scheduler_config.async_scheduling = asynchronous
-        self.scheduler = vllm_config.scheduler_config.get_scheduler_cls()(
-            vllm_config=vllm_config,
-            kv_cache_config=kv,
-            structured_output_manager=StructuredOutputManager(vllm_config),
-            block_size=BLOCK,
-            hash_block_size=BLOCK,
-            log_stats=True,
-        )
-        self.pool = self.scheduler.kv_cache_manager.block_pool
-        self.capacity = self.pool.get_num_free_blocks()
+    def limit(**limits):
+        for name, value in limits.items():
+            before[name] = getattr(scheduler_config, name)
+            setattr(scheduler_config, name, value)
+        return configs["routed"]
 
-    def add(self, *requests):
-        for request in requests:
-            self.scheduler.add_request(request)
-
-    def run(self):
-        """One step: request id -> tokens scheduled, in batch order."""
-        output = self.scheduler.schedule()
-        scheduled = dict(output.num_scheduled_tokens)
-        self.check(scheduled)
-        self.answer(output)
-        return scheduled
-
-    def answer(self, output):
-        ids = list(output.num_scheduled_tokens)
-        requests = [self.scheduler.requests[name] for name in ids]
-        sampled = [[] if r.is_prefill_chunk else [7] for r in requests]
-        places = {name: i for i, name in enumerate(ids)}
-        self.scheduler.update_from_output(output, ModelRunnerOutput(ids, places, sampled))
-
-    def check(self, scheduled):
-        """Whatever is scheduled: the worker can plan it, and has a block for every slot it writes."""
-        if not isinstance(self.scheduler, RoutedScheduler | RoutedAsyncScheduler):
-            return
-        requests = [self.scheduler.requests[name] for name in scheduled]
-        now = np.array([scheduled[r.request_id] for r in requests], dtype=np.int64)
-        before = np.array([r.num_computed_tokens for r in requests], dtype=np.int64) - now
-        ratios = self.schedule.ratios
-        routings = [
-            RequestRouting.of(visual_spans(r), r.prompt_token_ids, ratios) for r in requests
-        ]
-        plan = plan_step(before, now, routings, ratios)
-        for i, request in enumerate(requests):
-            blocks = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
-            for ratio, of_group in zip(ratios, blocks, strict=True):
-                slots = len(of_group) // len(self.schedule.layers_with(ratio)) * BLOCK
-                assert plan.lengths[ratio].seq_lens[i] <= slots
-
-    def finish(self, limit=2000):
-        """Steps until nothing is left; all blocks must be back."""
-        steps = []
-        while self.scheduler.has_unfinished_requests():
-            steps.append(self.run())
-            assert len(steps) < limit, "requests wait for ever"
-        assert self.pool.get_num_free_blocks() == self.capacity
-        return steps
-
-
-def text(name, num_tokens, first=0, **options):
-    return make_request(name, list(range(first, first + num_tokens)), **options)
-
-
-def image(name, num_tokens, at=(5,), **options):
-    images = [feature(offset, VISUAL, name=f"{name}-{offset}") for offset in at]
-    return make_request(name, num_tokens, images, **options)
+    yield limit
+    for name, value in before.items():
+        setattr(scheduler_config, name, value)
 
 
 # Requests in order of arrival -> what runs in the first steps, of 64 tokens each.
@@ -127,45 +48,50 @@ TABLE = {
     "an image that fits": ([image("i", 40)], [{"i": 40}, {"i": 1}]),
     "an image that fits exactly": ([image("i", BUDGET)], [{"i": BUDGET}, {"i": 1}]),
     "text is cut": ([text("t", 150)], [{"t": 64}, {"t": 64}, {"t": 22}, {"t": 1}]),
-    "an image waits whole for what a text chunk leaves": (
-        [text("t", 100), image("i", 40)],
-        [{"t": 64}, {"t": 36}, {"t": 1, "i": 40}, {"t": 1, "i": 1}],
+    "an image is cut just so": ([image("i", 150)], [{"i": 64}, {"i": 64}, {"i": 22}, {"i": 1}]),
+    "also inside": (
+        [text("t", 10), image("i", 100, at=(50,))],
+        [{"t": 10, "i": 54}, {"t": 1, "i": 46}, {"t": 1, "i": 1}],
     ),
     "an image takes what a text chunk leaves": (
-        [text("t", 84), image("i", 40)],
-        [{"t": 64}, {"t": 20, "i": 40}, {"t": 1, "i": 1}],
+        [text("t", 100), image("i", 40)],
+        [{"t": 64}, {"t": 36, "i": 28}, {"t": 1, "i": 12}, {"t": 1, "i": 1}],
     ),
     "text fills up what an image leaves": (
         [image("i", 40), text("t", 100)],
         [{"i": 40, "t": 24}, {"i": 1, "t": 63}, {"i": 1, "t": 13}, {"i": 1, "t": 1}],
     ),
-    "two images in a step": (
-        [image("i", 30), image("j", 34), image("k", 24)],
-        [{"i": 30, "j": 34}, {"i": 1, "j": 1, "k": 24}, {"i": 1, "j": 1, "k": 1}],
+    "chunks run beside decodes": (
+        [text("t", 10), image("i", 150)],
+        [{"t": 10, "i": 54}, {"t": 1, "i": 63}, {"t": 1, "i": 33}, {"t": 1, "i": 1}],
     ),
-    "a second image that does not fit": (
-        [image("i", 30), image("j", 35)],
-        [{"i": 30}, {"i": 1, "j": 35}, {"i": 1, "j": 1}],
+    "a prompt of nearly a step does not wait for running requests": (
+        [text("t", 10), image("i", BUDGET), text("late", 10, first=500)],
+        [{"t": 10, "i": 54}, {"t": 1, "i": 10, "late": 10}, {"t": 1, "i": 1, "late": 1}],
     ),
-    "an image of the whole budget waits for running requests": (
-        [text("t", 10, max_tokens=2), image("i", BUDGET)],
-        [{"t": 10}, {"t": 1}, {"i": BUDGET}, {"i": 1}],
+    "several images, a decision": (
+        [text("t", 30), image("i", 120, at=(0, 20, 80))],
+        [{"t": 30, "i": 34}, {"t": 1, "i": 63}, {"t": 1, "i": 23}, {"t": 1, "i": 1}],
     ),
-    "a waiting image keeps its turn": (
-        [text("t", 100), image("i", 40), text("late", 10, first=500)],
-        [{"t": 64}, {"t": 36}, {"t": 1, "i": 40, "late": 10}],
+    "two decisions that fit a step side by side": (
+        [image("i", 30), image("j", 32)],
+        [{"i": 30, "j": 32}, {"i": 1, "j": 1}],
     ),
-    "several images in a prompt are one piece": (
-        [text("t", 20), image("i", 60, at=(0, 20, 40))],
-        [{"t": 20}, {"t": 1, "i": 60}],
+    "a decision too many stops before its last token": (
+        [image("i", 30), image("j", 33), text("t", 10)],
+        [{"i": 30, "j": 32, "t": 2}, {"i": 1, "j": 1, "t": 8}, {"i": 1, "j": 1, "t": 1}],
     ),
-    "text far behind the image belongs to the piece": (
-        [text("t", 30), image("i", 60, at=(0,))],
-        [{"t": 30}, {"t": 1, "i": 60}],
+    "what was not decided goes first in the next step": (
+        [*(image(name, 20, at=(2,)) for name in "ij"), image("k", 22), image("l", 20, at=(2,))],
+        [
+            {"i": 20, "j": 20, "k": 21, "l": 3},
+            {"i": 1, "j": 1, "k": 1, "l": 17},
+            {"i": 1, "j": 1, "k": 1, "l": 1},
+        ],
     ),
-    "text far before the image belongs to the piece": (
-        [text("t", 30), image("i", 60, at=(43,))],
-        [{"t": 30}, {"t": 1, "i": 60}],
+    "one prompt longer than a step decides alone": (
+        [image("i", 70), image("j", 22)],
+        [{"i": 64}, {"i": 6, "j": 21}, {"i": 1, "j": 1}],
     ),
 }
 
@@ -183,6 +109,54 @@ def test_steps(configs, requests, expect, asynchronous):
     steps.finish()
 
 
+LIMITS = {
+    "nobody waits for a long image": (
+        {"long_prefill_token_threshold": 40},
+        [image("i", 150), text("t", 10)],
+        [{"i": 40, "t": 10}, {"i": 40, "t": 1}, {"i": 40, "t": 1}, {"i": 30, "t": 1}],
+    ),
+    "nor an image for another": (
+        {"long_prefill_token_threshold": 24},
+        [image("i", 100), image("j", 30)],
+        [
+            {"i": 24, "j": 24},
+            {"i": 24, "j": 6},
+            {"i": 24, "j": 1},
+            {"i": 24, "j": 1},
+            {"i": 4, "j": 1},
+        ],
+    ),
+    "alone it has the step to itself": (
+        {"long_prefill_token_threshold": 40},
+        [image("i", 100)],
+        [{"i": 64}, {"i": 36}],
+    ),
+    "both reach their last token": (
+        {"long_prefill_token_threshold": 32},
+        [image("i", 100), image("j", 100)],
+        [{"i": 32, "j": 32}] * 3 + [{"i": 4, "j": 3}, {"i": 1, "j": 1}, {"i": 1, "j": 1}],
+    ),
+    "fewer tokens than a batch holds": (
+        {"max_num_scheduled_tokens": 20},
+        [image("i", 50), text("t", 10)],
+        [{"i": 20}, {"i": 20}, {"i": 10, "t": 10}, {"i": 1, "t": 1}],
+    ),
+    "and decisions by them": (
+        {"max_num_scheduled_tokens": 30},
+        [image("i", 24), image("j", 24)],
+        [{"i": 24, "j": 6}, {"i": 1, "j": 18}, {"i": 1, "j": 1}],
+    ),
+}
+
+
+@pytest.mark.parametrize("limits,requests,expect", LIMITS.values(), ids=LIMITS)
+def test_limits_of_a_step_are_honoured(limited, limits, requests, expect):
+    steps = Steps(limited(**limits))
+    steps.add(*(make_request(r.request_id, r.prompt_token_ids, r.mm_features) for r in requests))
+    assert [steps.run() for _ in expect] == expect
+    steps.finish()
+
+
 @pytest.mark.parametrize(
     "asynchronous,expect", [(False, RoutedScheduler), (True, RoutedAsyncScheduler)]
 )
@@ -192,86 +166,142 @@ def test_the_scheduler_fits_the_engine(configs, asynchronous, expect):
         scheduler, AsyncScheduler if asynchronous else Scheduler
     )
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
-    assert len(managers) == 3 and all(
-        manager.requests is scheduler.requests for manager in managers
-    )
+    assert len(managers) == 4 and scheduler.parked_pages is managers[-1]
+    assert all(manager.live is scheduler.live for manager in managers)
+    assert scheduler.live.requests is scheduler.requests
 
 
 def test_an_image_runs_a_step_behind_with_asynchronous_scheduling(configs):
     """The next step is scheduled before the answer to the last one is known."""
     steps = Steps(configs["routed"], asynchronous=True)
     steps.add(text("t", 90), image("i", 40))
-    outputs = [steps.scheduler.schedule()]
-    seen = [dict(outputs[0].num_scheduled_tokens)]
+    seen = [steps.schedule()]
     for _ in range(4):
-        outputs.append(steps.scheduler.schedule())
-        seen.append(dict(outputs[-1].num_scheduled_tokens))
-        steps.check(seen[-1])
-        steps.answer(outputs.pop(0))
-    assert seen == [{"t": 64}, {"t": 26}, {"t": 1, "i": 40}, {"t": 1, "i": 1}, {"t": 1, "i": 1}]
+        seen.append(steps.schedule())
+        steps.answer()
+    assert seen == [{"t": 64}, {"t": 26, "i": 38}, *[{"t": 1, "i": 2}], *[{"t": 1, "i": 1}] * 2]
 
 
-def test_only_image_requests_skip_the_prefix_cache(configs):
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_image_prompt_goes_on_where_the_cache_ends(configs, finished):
+    """The same picture and another question: what vLLM counts and reports as cached, too."""
     steps = Steps(configs["routed"])
-    steps.add(text("t", 40))
-    assert steps.run() == {"t": 40}
-    steps.add(text("t again", 40), image("i", 53, at=(35,)))
-    requests = steps.scheduler.requests
-    assert [requests[name].skip_reading_prefix_cache for name in requests] == [False, False, True]
-    assert steps.run() == {"t": 1, "t again": 8, "i": 53}, (
-        "32 tokens of `t again` were found, none of `i`"
-    )
+    picture = feature(35, VISUAL, name="shared")
+    steps.add(make_request("a", 60, [picture], max_tokens=1 if finished else 64))
+    assert steps.run() == {"a": 60}
+    steps.add(make_request("b", [*range(55), 901, 902, 903, 904, 905], [picture]))
+    assert steps.schedule()["b"] == 12
+    assert steps.worker.num_reused == 48 and steps.worker.num_fetched == 16
+    assert steps.scheduler.kv_cache_manager.prefix_cache_stats.hits == 48
+    request = steps.scheduler.requests["b"]
+    assert request.num_computed_tokens == 60 and request.prefill_stats.num_local_cached_tokens == 48
+    steps.answer()
     steps.finish()
 
 
-def test_the_same_image_twice_is_whole_twice(configs):
-    """The second request finds its image in the encoder cache, which must not change the rule."""
-    shared = feature(5, VISUAL, name="shared")
+def test_two_that_share_a_picture_may_begin_in_one_step(configs):
+    """The second reads what the first writes in the very same step."""
     steps = Steps(configs["routed"])
-    steps.add(make_request("a", 40, [shared]))
-    steps.run()
-    steps.add(text("t", 30), make_request("b", 40, [shared]))
-    assert [steps.run() for _ in range(2)] == [{"a": 1, "t": 30}, {"a": 1, "t": 1, "b": 40}]
+    picture = feature(20, VISUAL, name="shared")
+    steps.add(make_request("a", 50, [picture]), make_request("b", [*range(40), 7, 8, 9], [picture]))
+    assert steps.run() == {"a": 50, "b": 10}, "b stops before its last token: 2 x 50 > 64"
+    assert steps.run() == {"a": 1, "b": 1}
+    assert steps.worker.num_fetched == 26, "16 of a, 10 of its own"
     steps.finish()
 
 
-def test_a_waiting_image_holds_nothing_in_the_encoder_cache(configs):
-    shared = feature(5, VISUAL, name="shared")
+def test_a_cached_prompt_waits_whole_for_its_decision(configs):
+    """All but the last token is cached, and the step decides about another already."""
     steps = Steps(configs["routed"])
-    steps.add(make_request("a", 40, [shared], max_tokens=1))
-    steps.run()
-    steps.add(text("t", 50), make_request("b", 40, [shared]))
-    assert steps.run() == {"t": 50}
-    assert not steps.scheduler.encoder_cache_manager.cached["shared"]
-    assert steps.run() == {"t": 1, "b": 40}
+    steps.add(make_request("first", 49, [feature(5, VISUAL, name="shared")], max_tokens=1))
+    steps.finish()
+    steps.add(*(make_request(name, 49, [feature(5, VISUAL, name="shared")]) for name in "ab"))
+    assert [steps.run() for _ in range(2)] == [{"a": 1}, {"a": 1, "b": 1}]
     steps.finish()
 
 
-def test_an_image_waits_whole_for_the_vision_encoder(configs):
-    """vLLM would run the text before an image that the encoder has no room for."""
+def test_who_waits_for_its_decision_holds_no_place_in_the_encoder_cache(configs):
+    """Its last token belongs to the picture's placeholder, but is no visual token."""
+
+    def ask(name, **options):
+        separators = [1] * VISUAL + [0] * 28
+        return make_request(name, 49, [feature(5, 44, separators, name="shared")], **options)
+
+    steps = Steps(configs["routed"], encoder_cache=VISUAL)
+    steps.add(ask("first", max_tokens=1))
+    steps.finish()
+    steps.add(ask("a"), ask("b"))
+    assert steps.run() == {"a": 1}, "`check_waiting` has looked at b"
+    steps.finish()
+
+
+def test_text_before_an_image_runs_while_the_vision_encoder_is_busy(configs):
+    """As in stock vLLM."""
     steps = Steps(configs["routed"])
     steps.scheduler.max_num_encoder_input_tokens = VISUAL
     steps.add(image("i", 30), image("j", 30))
-    assert [steps.run() for _ in range(3)] == [{"i": 30}, {"i": 1, "j": 30}, {"i": 1, "j": 1}]
+    assert [steps.run() for _ in range(3)] == [
+        {"i": 30, "j": 5},
+        {"i": 1, "j": 25},
+        {"i": 1, "j": 1},
+    ]
     steps.finish()
 
 
-def test_a_preempted_image_request_comes_back_whole(configs):
-    """Two image requests outgrow the pool; the later one is preempted and repeats its prompt."""
-    steps = Steps(configs["routed"], units=6, caching=False)
+def test_a_full_encoder_cache_stops_nobody(configs):
+    """One of its two pictures is cached, the other waits for room; others overtake and go on."""
+    steps = Steps(configs["routed"], asynchronous=True, encoder_cache=2 * VISUAL)
+    shared = feature(5, VISUAL, name="shared")
+    steps.add(make_request("first", 40, [shared], max_tokens=1))
+    steps.finish()
+    steps.add(
+        image("full", 40, max_tokens=5),
+        make_request("a", 60, [shared, feature(25, VISUAL, name="new")], max_tokens=5),
+        image("b", 40, at=(5,), max_tokens=5),
+    )
+    steps.schedule()
+    steps.schedule()
+    steps.scheduler.reset_prefix_cache(reset_running_requests=True)
+    while steps.scheduler.has_unfinished_requests():
+        before = len(steps.in_flight)
+        scheduled = steps.schedule()
+        assert scheduled or before, "nothing runs and nothing is awaited"
+        steps.answer()
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_preempted_image_request_comes_back(configs, caching):
+    """Two image requests outgrow the pool; the later one runs its prompt again, chunk by chunk."""
+    steps = Steps(configs["routed"], units=6, parked_units=2, caching=caching)
     steps.add(image("a", 30, max_tokens=60), image("b", 30, max_tokens=60))
     b = steps.scheduler.requests["b"]
-    prefills = []
+    resumed = []
     while steps.scheduler.has_unfinished_requests():
-        num_tokens = b.num_tokens
-        scheduled = steps.run().get("b", 0)
-        if scheduled > 1:
-            prefills.append((scheduled, num_tokens))
-    assert prefills[0] == (30, 30) and len(prefills) == 1 + b.num_preemptions >= 2
-    assert all(scheduled == num_tokens > 30 for scheduled, num_tokens in prefills[1:])
+        preempted = b.num_preemptions
+        if steps.run().get("b", 0) > 1 and preempted:
+            resumed.append(b.num_tokens)
+    assert b.num_preemptions and resumed and b.num_output_tokens == 60
+    assert steps.pool.get_num_free_blocks() == steps.capacity
 
 
-def test_a_resumed_request_longer_than_a_step_has_its_prompt_in_the_first(configs):
+def test_a_long_image_prompt_is_preempted_in_the_middle_and_goes_on(configs):
+    """With the prefix cache it finds its own parked states again."""
+    steps = Steps(configs["routed"])
+    steps.add(text("t", 60, max_tokens=100), image("i", 100, max_tokens=4))
+    steps.run()
+    i = steps.scheduler.requests["i"]
+    steps.run()
+    before = i.num_computed_tokens
+    assert 32 < before < 100 and steps.scheduler.parked_pages.holders == ["i"]
+    steps.scheduler.running.remove(i)
+    steps.scheduler._preempt_request(i, 0.0)
+    assert not steps.scheduler.parked_pages.holders
+    steps.run()
+    assert i.num_computed_tokens > before // BLOCK * BLOCK
+    steps.finish()
+
+
+def test_a_resumed_request_longer_than_a_step_decides_as_before(configs):
     steps = Steps(configs["routed"])
     steps.add(image("i", 50, max_tokens=100))
     for _ in range(31):
@@ -285,10 +315,25 @@ def test_a_resumed_request_longer_than_a_step_has_its_prompt_in_the_first(config
     steps.finish()
 
 
-@pytest.mark.parametrize("after", [0, 1, 5])
+@pytest.mark.parametrize("caching", [False, True])
+def test_pages_are_released_right_after_the_step_that_decides(configs, caching):
+    """Before its answer is known: the next step may have them."""
+    steps = Steps(configs["routed"], caching=caching)
+    steps.add(image("i", 100))
+    held = []
+    for _ in range(3):
+        steps.schedule()
+        blocks = steps.scheduler.parked_pages.req_to_blocks.get("i", ())
+        held.append(sum(not block.is_null for block in blocks))
+        steps.answer()
+    assert held == [PAGES * 4, 0, 0]
+    steps.finish()
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 5])
 def test_an_abort_frees_every_block(configs, after):
     steps = Steps(configs["routed"])
-    steps.add(image("i", 40), text("t", 100), image("j", 40))
+    steps.add(image("i", 90), text("t", 100), image("j", 40))
     for _ in range(after):
         steps.run()
     steps.scheduler.finish_requests(["i", "t", "j"], RequestStatus.FINISHED_ABORTED)
@@ -298,26 +343,23 @@ def test_an_abort_frees_every_block(configs, after):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("caching", [False, True])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_any_traffic_is_planned_and_ends(configs, seed, caching, asynchronous):
     """A small pool and random arrivals: chunks, preemptions, resumes. `Steps.check` runs in each step."""
     rng = random.Random(seed)
-    steps = Steps(configs["routed"], units=14, caching=caching, asynchronous=asynchronous)
+    steps = Steps(
+        configs["routed"], units=14, parked_units=10, caching=caching, asynchronous=asynchronous
+    )
     arrivals = []
-    for i in range(25):
+    for i in range(20):
         max_tokens = rng.randint(1, 70)
         if rng.random() < 0.6:
             num_images = rng.randint(1, 2)
-            num_tokens = rng.randint(num_images * 20, BUDGET)
+            num_tokens = rng.randint(num_images * 20, 150)
             at = range(0, num_images * 20, 20)
-            arrivals.append(
-                image(
-                    f"i{i}",
-                    num_tokens,
-                    at=[p + rng.randint(0, 3) for p in at],
-                    max_tokens=max_tokens,
-                )
-            )
+            name = rng.choice((f"i{i}", "shared"))
+            pictures = [feature(p + rng.randint(0, 3), VISUAL, name=f"{name}-{p}") for p in at]
+            arrivals.append(make_request(f"i{i}", num_tokens, pictures, max_tokens=max_tokens))
         else:
             arrivals.append(text(f"t{i}", rng.randint(1, 120), max_tokens=max_tokens))
     for request in arrivals:
@@ -360,6 +402,24 @@ def test_an_eviction_shortens_a_cached_prefix_as_in_stock_vllm(configs, kind):
         steps.finish()
     _, num_hit, _ = steps.scheduler.kv_cache_manager.get_computed_blocks(text("next turn", 490))
     assert num_hit == 480 - 3 * BLOCK
+
+
+def test_pages_of_parked_states_are_evicted_before_what_they_stand_for(configs):
+    """A request's pages are free before its other blocks, so they are the first to go: its picture
+    has to be run again then, its text has not."""
+    steps = Steps(configs["routed"])
+    picture = feature(35, VISUAL, name="shared")
+    steps.add(make_request("i", 60, [picture], max_tokens=1))
+    steps.finish()
+    cached = {block.block_id for block in steps.pool.blocks if block.block_hash is not None}
+    never_used = steps.capacity - len(cached)
+    steps.pool.get_new_blocks(never_used + PAGES)
+    lost = {block for block in cached if steps.pool.blocks[block].block_hash is None}
+    tags = [steps.worker.tags[block] for block in sorted(lost)]
+    assert sorted(tags) == [(steps.worker.parked, page) for page in range(PAGES)]
+    again = make_request("again", 60, [picture])
+    _, num_hit, _ = steps.scheduler.kv_cache_manager.get_computed_blocks(again)
+    assert num_hit == 32
 
 
 def test_routed_requests_leave_room_for_more(configs):

@@ -8,7 +8,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_reroute.admission.engine_core import ENGINE_CORE
 from vllm_reroute.kv_cache.engine_report import engine_report
@@ -87,6 +87,9 @@ class RoutedSchedulerMixin:
         )
         if self._hold_back(request, num_computed_tokens, num_new_tokens):
             num_new_tokens = request.num_prompt_tokens - 1 - num_computed_tokens
+        if num_new_tokens == 0 and request.status is not RequestStatus.RUNNING:
+            # It stays in the queue: what the base has reserved for it, others may need.
+            self.encoder_cache_manager.free(request)
         return inputs, num_new_tokens, *rest
 
     def _hold_back(self, request: Request, num_computed: int, num_new: int) -> bool:
