@@ -90,6 +90,11 @@ class LocalServer:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
+    @property
+    def pid(self) -> int:
+        """The first of its processes."""
+        return self._process.pid
+
     def metric(self, name: str) -> float:
         """The value of a metric of /metrics, such as `vllm:kv_cache_usage_perc`."""
         return float(self._sample(name)[1])

@@ -11,12 +11,13 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-from versions.wheel import RELEASES, STORE, python_files
+from versions.wheel import RELEASES, STORE, add_requirements, python_files
 
 
 def overlay(series: str, store: Path = STORE) -> Path:
     """The folder: `vllm/` of that series, links to the installed shared libraries, metadata."""
     folder = python_files(series, store)
+    add_requirements(series, folder)
     installed = _installed()
     for library in installed.rglob("*.so"):
         place = folder / "vllm" / library.relative_to(installed)

@@ -10,6 +10,8 @@ from pathlib import Path
 STORE = Path(__file__).resolve().parents[1] / ".local" / "versions"
 RELEASES = {"0.32": "0.32.0", "0.33": "0.33.0"}
 """Version series -> the release that stands for it."""
+NEW_REQUIREMENTS = {"0.33": ("orjson",)}
+"""What a series imports that the installed vLLM did not bring."""
 
 
 def python_files(series: str, store: Path = STORE) -> Path:
@@ -37,9 +39,21 @@ def python_files(series: str, store: Path = STORE) -> Path:
 
 def _download(requirement: str, folder: Path) -> None:
     print(f"[versions] downloading {requirement} (several hundred MB, once)", file=sys.stderr)
-    words = ["download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary", ":all:"]
+    _pip("download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement)
+
+
+def add_requirements(series: str, folder: Path) -> None:
+    """Install what the series needs besides into the folder itself, once."""
+    for name in NEW_REQUIREMENTS.get(series, ()):
+        if not (folder / name).exists():
+            _pip("install", "--no-deps", "--target", str(folder), name)
+
+
+def _pip(command: str, *words: str) -> None:
+    quiet = ("--quiet", "--no-cache-dir", "--disable-pip-version-check")
+    # What pip says is not for those who read the folder's name from standard output.
     subprocess.run(
-        [sys.executable, "-m", "pip", *words, "--dest", str(folder), requirement], check=True
+        [sys.executable, "-m", "pip", command, *quiet, *words], check=True, stdout=sys.stderr
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
 from tests.engine.conftest import engine_args
 from tests.engine.host import EngineHost
@@ -34,7 +35,7 @@ def try_offline(llm: Any) -> list[str]:
     for attempt in attempts:
         try:
             attempt()
-        except ValueError as error:
+        except VLLMValidationError as error:
             errors.append(str(error))
         else:
             errors.append("")
@@ -59,7 +60,7 @@ def ask_past_the_front_end(llm: Any, ask: Ask, options: dict[str, Any]) -> str:
     request = unchecked(engine.input_processor, "past", prompt, greedy(4, options), ("generate",))
     try:
         engine.engine_core.add_request(request)
-    except ValueError as error:
+    except VLLMValidationError as error:
         return str(error)
     return ""
 
@@ -103,7 +104,7 @@ async def _through_async_llm(args: dict[str, Any]) -> dict[str, Any]:
         ):
             try:
                 await last(name, ask.prompt(), greedy(4, options))
-            except ValueError as error:
+            except VLLMValidationError as error:
                 found[name] = str(error)
         unchecked = inspect.unwrap(InputProcessor.process_inputs)
         other = Ask(ONE_IMAGE.text, (3,))
@@ -114,8 +115,12 @@ async def _through_async_llm(args: dict[str, Any]) -> dict[str, Any]:
             greedy(4, {"prompt_logprobs": 1}),
             ("generate",),
         )
-        past = await asyncio.wait_for(last("past", request, request.sampling_params), 60)
-        found["past"] = past.outputs[0].finish_reason
+        # vLLM 0.32 finishes it with an error, 0.33 also hands the error itself to the client.
+        try:
+            past = await asyncio.wait_for(last("past", request, request.sampling_params), 60)
+            found["past"] = past.outputs[0].finish_reason
+        except VLLMValidationError as error:
+            found["past"] = str(error)
         for name, ask in (("same picture", other), ("good", ONE_IMAGE)):
             output = await asyncio.wait_for(last(name, ask.prompt(), ask.sampling_params()), 60)
             found[name] = Answer(
@@ -141,7 +146,7 @@ def test_async_llm(engine: EngineHost, models: dict[str, Path], oracles: OracleA
     found = engine.call(run_async_llm, engine_args(models["multi-head"], ROUTED))
     assert "Leave prompt_logprobs out" in found["prompt_logprobs"]
     assert "Put the question after the image" in found["ends"]
-    assert found["past"] == "error"
+    assert found["past"] == "error" or "Leave prompt_logprobs out" in found["past"]
     schedule = RerouteOptions(**ROUTED).resolve(DEPTH)
     for name, ask in (("same picture", Ask(ONE_IMAGE.text, (3,))), ("good", ONE_IMAGE)):
         expected = oracles.result("multi-head", schedule, ask, found[name].prompt_token_ids)
