@@ -11,12 +11,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_reroute.admission.engine_core import ENGINE_CORE
+from vllm_reroute.kv_cache.decode_blocks import DecodeBlocks
 from vllm_reroute.kv_cache.engine_report import engine_report
 from vllm_reroute.kv_cache.layered_manager import LayeredManager
 from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.parked_manager import ParkedManager
 from vllm_reroute.kv_cache.prefix_hits import PrefixHits
-from vllm_reroute.kv_cache.settled_requests import SettledRequests
 from vllm_reroute.logger import reroute_logger
 from vllm_reroute.schedule import RoutingSchedule
 
@@ -50,8 +50,8 @@ class RoutedSchedulerMixin:
         )
         hits = PrefixHits(self.kv_cache_manager, self.live)
         self.kv_cache_manager.get_computed_blocks = hits.get_computed_blocks
-        self.settled = SettledRequests(self.kv_cache_manager, self.live)
-        self.kv_cache_manager.allocate_slots = self.settled.allocate_slots
+        self.decode_blocks = DecodeBlocks(self.kv_cache_manager, self.live)
+        self.kv_cache_manager.allocate_slots = self.decode_blocks.allocate_slots
         self._deciding = 0, 0
         logger.info("%s", engine_report(self.vllm_config, self.kv_cache_config))
 
@@ -114,7 +114,7 @@ class RoutedSchedulerMixin:
         So an eviction shortens a cached prefix by as many tokens as stock vLLM's would. Group
         after group, the first group alone would pay for it, and a hit needs every layer.
         """
-        self.settled.forget(request)
+        self.decode_blocks.forget(request)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         of_groups = [manager.pop_layer_blocks(request.request_id) for manager in managers]
         of_tokens = zip_longest(*of_groups, fillvalue=())
