@@ -1,0 +1,1 @@
+"""What routing did to one request: its decisions as data, as pictures and as a page."""
