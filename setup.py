@@ -18,7 +18,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["vllm_reroute", "vllm_reroute.*"]),
-    package_data={"vllm_reroute": ["py.typed"]},
+    package_data={
+        "vllm_reroute": ["py.typed"],
+        "vllm_reroute.explain.page": ["page.html", "page.css", "page.js"],
+    },
     extras_require={
         "cuda": ["vllm==0.32.0"],
         # Needs ./cpu_env beside it (its README says why); `make setup` installs both.

@@ -1,4 +1,4 @@
-"""The `vllm-reroute` command: look at schedules, and fit one to a model, without starting an engine."""
+"""The `vllm-reroute` command: look at schedules, fit one to a model, and see what one does to a request."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_reroute.command_line.calibrate import add_calibrate
+from vllm_reroute.command_line.explain import add_explain
 from vllm_reroute.command_line.predictions import Hardware, prediction_lines
 from vllm_reroute.families.short_names import resolve_model
 from vllm_reroute.families.table import FAMILIES
@@ -20,11 +21,16 @@ EXAMPLE = "vllm-reroute plan --model llava-1.5 --reroute-schedule pdrop --rerout
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; a user's mistake is one line on standard error and code 2."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    takes_engine_flags = "run_with_engine_flags" in args
+    if unknown and not takes_engine_flags:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        for line in args.run(args):
+        lines = args.run_with_engine_flags(args, unknown) if takes_engine_flags else args.run(args)
+        for line in lines:
             print(line)
-    except (ValueError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"vllm-reroute: {error}", file=sys.stderr)
         return 2
     return 0
@@ -69,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add_reroute_flags(plan)
     plan.set_defaults(run=_plan)
     add_calibrate(commands)
+    add_explain(commands)
     schedules = commands.add_parser("schedules", help="published schedules and tiers")
     schedules.set_defaults(run=_schedules)
     models = commands.add_parser("models", help="models that can be routed, with short names")

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-DEFAULT_FRAMES = 8
-
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
