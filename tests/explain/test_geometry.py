@@ -25,8 +25,6 @@ from transformers import (
     SiglipImageProcessor,
 )
 
-from benchmarks.grounding.evaluate import MODEL
-from benchmarks.local_models import build_family
 from tests.explain.bright import (
     NEWLINE,
     box_at,
@@ -35,9 +33,9 @@ from tests.explain.bright import (
     brightness_of,
     expected_brightness,
 )
+from tests.explain.conftest import SEEDED
 from vllm_reroute.explain.geometry import Patches, patches_of
 
-SEEDED = ("llava-next", "llava-onevision", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
 FAMILIES = ("llava", *SEEDED)
 WITH_VIDEO = FAMILIES[2:]
 SIZES = ((300, 200), (160, 420), (640, 120), (97, 211), (500, 500), (61, 59))
@@ -49,11 +47,8 @@ LEFT_OVER = 46
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
+def models(folders: dict[str, Path]) -> dict[str, tuple[Any, Any]]:
     """Family -> config and processor of a small checkpoint."""
-    root = tmp_path_factory.mktemp("families")
-    folders: dict[str, Path] = {family: build_family(root / family, family) for family in SEEDED}
-    folders["llava"] = MODEL
     return {
         family: (AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder))
         for family, folder in folders.items()

@@ -14,6 +14,7 @@ INK, FAINT, PAPER = "#1a202c", "#5a6475", "#ffffff"
 BACK = "#f08c00"
 RUNS, RUNS_EDGE = (0, 0, 0, 0), (255, 255, 255, 60)
 VEIL, VEIL_EDGE = (14, 18, 28, 195), (60, 68, 84, 205)
+STRIKE = (150, 160, 180, 225)
 UNSEEN = (120, 126, 138, 215)
 MARGIN, GAP, BESIDE = 28, 18, 8
 STAGE_WIDTH, SHEET_WIDTH = 1200, 1780
@@ -27,7 +28,7 @@ def stage_image(explanation: Explanation, index: int) -> Image.Image:
     width = STAGE_WIDTH - 2 * MARGIN
     panels = explanation.panels
     cell = STAGE_CELL if len(panels) <= MOST_LARGE else SHEET_CELL
-    drawn = [_panel(explanation, panel, index, cell) for panel in panels]
+    drawn = [panel_image(explanation, panel, index, cell) for panel in panels]
     if len(panels) == 1:
         drawn.insert(0, _as_given(panels[0], cell))
     stage = explanation.stages[index]
@@ -50,7 +51,7 @@ def sheet_image(explanation: Explanation) -> Image.Image:
     given = [_as_given(first_looks[place], SHEET_CELL) for place in sorted(first_looks)]
     blocks = [_block("As given", "", given, width)]
     for index, stage in enumerate(explanation.stages):
-        drawn = [_panel(explanation, p, index, SHEET_CELL) for p in explanation.panels]
+        drawn = [panel_image(explanation, p, index, SHEET_CELL) for p in explanation.panels]
         blocks.append(
             _block(stage_title(index, stage), stage_counts(explanation, stage), drawn, width)
         )
@@ -94,7 +95,7 @@ def _titled(shown: Image.Image, title: str) -> Image.Image:
     return _stacked([shown, _text(title, shown.width, 15, FAINT)], gap=4)
 
 
-def _panel(explanation: Explanation, panel: DrawnPanel, index: int, cell: int) -> Image.Image:
+def panel_image(explanation: Explanation, panel: DrawnPanel, index: int, cell: int) -> Image.Image:
     """One look in one stage, with its title, at most `cell` wide and high."""
     stage = explanation.stages[index]
     image = _scaled(panel.image, cell).convert("RGBA")
@@ -104,18 +105,28 @@ def _panel(explanation: Explanation, panel: DrawnPanel, index: int, cell: int) -
     for token, (left, top, right, bottom) in zip(panel.tokens, boxes, strict=True):
         fill, edge = (RUNS, RUNS_EDGE) if stage.kept[token] else (VEIL, VEIL_EDGE)
         draw.rectangle((left, top, right - 1, bottom - 1), fill=fill, outline=edge)
+        if not stage.kept[token]:
+            _strike(draw, (left, top, right, bottom))
     for token, box in zip(panel.tokens, boxes, strict=True):
         if stage.brought_back[token]:
             _mark_back(draw, box)
     return _titled(Image.alpha_composite(image, over).convert("RGB"), panel.title)
 
 
+def _strike(draw: ImageDraw.ImageDraw, box: Sequence[int]) -> None:
+    """Tells what waits from what runs where the picture itself is dark."""
+    left, top, right, bottom = (int(edge) for edge in box)
+    draw.line((left, bottom - 1, right - 1, top), fill=STRIKE)
+
+
 def _mark_back(draw: ImageDraw.ImageDraw, box: Sequence[int]) -> None:
     """A frame and a filled corner: told from the others without colour too."""
     left, top, right, bottom = (int(edge) for edge in box)
     side = min(right - left, bottom - top)
-    draw.rectangle((left, top, right - 1, bottom - 1), outline=BACK, width=max(2, side // 12))
-    corner = max(4, side // 3)
+    draw.rectangle(
+        (left, top, right - 1, bottom - 1), outline=BACK, width=min(max(2, side // 12), 5)
+    )
+    corner = min(max(4, side // 3), 28)
     draw.polygon([(left, top), (left + corner, top), (left, top + corner)], fill=BACK)
 
 
@@ -131,6 +142,7 @@ def _legend(explanation: Explanation, width: int) -> Image.Image:
         draw = ImageDraw.Draw(over)
         if words == away(explanation):
             draw.rectangle((0, 0, 27, 27), fill=VEIL)
+            _strike(draw, (0, 0, 28, 28))
         elif number == len(entries) - 1:
             draw.rectangle((0, 0, 27, 27), fill=UNSEEN)
         elif number == 2:

@@ -141,6 +141,7 @@ function paint(panel, stage) {
   const shading = shade.checked && stage.ranks !== null;
   panel.svg.classList.toggle("shaded", shading);
   const back = [];
+  const waits = [];
   panel.rects.forEach((rect, place) => {
     const token = rect.token;
     rect.classList.toggle("away", !stage.kept.has(token));
@@ -149,8 +150,12 @@ function paint(panel, stage) {
       rect.style.setProperty("--low", rank ? (rank - 1) / Math.max(1, stage.candidates - 1) : 1);
     }
     if (stage.back.has(token)) back.push(panel.boxes[place]);
+    if (!stage.kept.has(token)) waits.push(panel.boxes[place]);
   });
   panel.marks.replaceChildren();
+  // Tells what waits from what runs where the picture itself is dark.
+  const strike = ([x, y, width, height]) => `M${x} ${y + height}l${width} ${-height}`;
+  if (!shading) element("path", { class: "strike", d: waits.map(strike).join("") }, panel.marks);
   element("path", { class: "back frame", d: back.map(corners).join("") }, panel.marks);
   const triangle = ([x, y, width, height]) => {
     const side = Math.min(width, height) / 3;
@@ -175,5 +180,6 @@ document.querySelectorAll("tbody button").forEach((button, index) => {
   button.addEventListener("click", () => show(index));
 });
 for (const id of ["controls", "legend", "help"]) document.getElementById(id).hidden = false;
-if (panels.length > 6) document.getElementById("pictures").style.setProperty("--wide", "15rem");
+const wide = panels.length > 6 ? "13rem" : panels.length > 1 ? "18rem" : "26rem";
+document.getElementById("pictures").style.setProperty("--wide", wide);
 show(0);
