@@ -1,8 +1,9 @@
 """`make demo`: one picture and one question, answered by a routed and by a dense server of the same model.
 
 The picture is a rendered scene that the model was not trained on; its question takes two looks. Prints the answers,
-then what routing saved: visual tokens per stage, KV memory, time to first token. Prefix caching and the image
-processor's cache are off in both servers: repeats of one request would otherwise measure the caches.
+then what routing saved: visual tokens per stage, KV memory, time to first token. Leaves a page that shows what every
+stage kept of the picture. Prefix caching and the image processor's cache are off in both servers: repeats of one
+request would otherwise measure the caches.
 """
 
 import argparse
@@ -31,6 +32,7 @@ ANSWER_TOKENS = 16
 # Long enough for the server's gauge of its KV cache to be read while the request runs.
 GAUGED_TOKENS = 64
 PICTURE = LOGS.parent / "demo.png"
+EXPLAINED = LOGS.parent / "demo-explained"
 # On CPU vLLM would take 128 and round both servers up; the smallest that each kind of backend supports is fairer.
 ON_GPU = shutil.which("nvidia-smi") is not None
 BLOCK_SIZE = 16 if ON_GPU else 32
@@ -78,7 +80,8 @@ def main() -> None:
         routed = measure("routed", args.model, routing_flags(args), request, args)
         print(f"Routed:   {routed.answer}", flush=True)
         dense = measure("dense", args.model, [], request, args)
-        print(f"Dense:    {dense.answer}\n", flush=True)
+        print(f"Dense:    {dense.answer}", flush=True)
+        print(f"Page:     {shown(explained(args, request, dense.answer))}\n", flush=True)
     except KeyboardInterrupt:
         sys.exit("\nStopped; no server is left running.")
     except (RuntimeError, ValueError, openai.APIError) as error:
@@ -220,6 +223,29 @@ def seconds_to_first_token(client: openai.OpenAI, request: Request) -> float:
     if any(ask(client, request, max_tokens=1)):
         return time.perf_counter() - started
     raise RuntimeError("The server sent no text. Its log is in .local/logs.")
+
+
+def explained(args: argparse.Namespace, request: Request, dense: str) -> Path:
+    """Leaves pictures of what every stage kept, and returns the page that shows them.
+
+    A third engine decides the same once more, in a process whose decoder can be watched.
+    """
+    from vllm_reroute.explain.explanation import explain
+    from vllm_reroute.explain.folder import write_folder
+    from vllm_reroute.explain.pictures import load_image
+    from vllm_reroute.explain.question import Question
+    from vllm_reroute.schedule import RerouteOptions
+
+    flags = {"--dtype": DTYPE, "--max-model-len": "2048", "--kv-cache-memory-bytes": POOL_BYTES}
+    question = Question(
+        model=str(args.model),
+        text=request.question,
+        pictures=(load_image(PICTURE),),
+        max_tokens=ANSWER_TOKENS,
+        engine_flags=tuple(str(word) for pair in flags.items() for word in pair),
+    )
+    options = RerouteOptions(schedule=args.schedule, tier=args.tier)
+    return write_folder(explain(question, options, say, dense), EXPLAINED)[0]
 
 
 def stage_table(model: Path, schedule: str, tier: int) -> list[str]:

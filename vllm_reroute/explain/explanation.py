@@ -112,9 +112,15 @@ class Explanation:
         return tuple(drawn)
 
 
-def explain(question: Question, options: RerouteOptions, say: Callable[[str], None]) -> Explanation:
-    """Ask a routed and a stock engine, one after the other. say: is told what happens next.
+def explain(
+    question: Question,
+    options: RerouteOptions,
+    say: Callable[[str], None],
+    dense: str | None = None,
+) -> Explanation:
+    """Ask a routed and a stock engine, one after the other.
 
+    say: is told what happens next. dense: the stock engine's answer, where it is known already.
     Raises ValueError for what cannot be asked or placed.
     """
     from transformers import AutoConfig, AutoProcessor
@@ -127,8 +133,9 @@ def explain(question: Question, options: RerouteOptions, say: Callable[[str], No
     )
     say("asking the routed engine")
     trace, routed = trace_request(question, options.to_mapping())
-    say("asking a stock engine")
-    dense = dense_answer(question)
+    if dense is None:
+        say("asking a stock engine")
+        dense = dense_answer(question)
     return Explanation(
         question=question,
         options=options,
