@@ -12,6 +12,8 @@ from PIL import Image
 from tests.explain.browser import CHROMIUM, Browser
 from tests.explain.parts import clip, explanation, photo
 from vllm_reroute.explain.page import page_html
+from vllm_reroute.explain.pictures import image_of
+from vllm_reroute.explain.question import Question
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium on this machine (Debian: apt install chromium)"
@@ -120,6 +122,18 @@ def test_score_of_the_patch_under_the_pointer(browser, made, page):
             else "deferred"
         )
         assert f"Token {token}: {fate} " in said
+
+
+def test_long_words_stay_inside_a_phone(browser, folders, tmp_path):
+    """A question, an answer and a file name without a blank to break at."""
+    word = "verylong" * 20
+    picture = image_of(word, photo(0).frames[0])
+    question = Question(model=word, text=word, pictures=(picture,), max_tokens=8)
+    made = explanation(folders["llava"], [picture], question=question, routed_answer=word)
+    path = tmp_path / "index.html"
+    path.write_text(page_html(made), encoding="utf-8")
+    browser.open(path, 360, 800)
+    assert browser.value("document.documentElement.scrollWidth") <= 360
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

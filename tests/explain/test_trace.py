@@ -59,3 +59,11 @@ def test_ranks():
     dense, stage = stages_of(of)
     assert dense.ranks is None
     assert stage.ranks.tolist() == [2, 1, 0, 3, 4, 0]
+
+
+def test_equal_scores_rank_in_the_order_of_tokens():
+    """Many of them: sorts that mix up equals do so only then."""
+    of = trace([0], num_visual=200, scores=[0.5, 0.25] * 100)
+    ranks = stages_of(of)[1].ranks
+    assert ranks[::2].tolist() == list(range(1, 101))
+    assert ranks[1::2].tolist() == list(range(101, 201))
