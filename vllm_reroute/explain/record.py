@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,12 @@ from vllm_reroute.explain.child import in_child
 from vllm_reroute.explain.engine import answered, start_engine
 from vllm_reroute.explain.question import Question
 from vllm_reroute.explain.trace import RoutingTrace, TracedDecision
+from vllm_reroute.schedule import RoutingSchedule
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_reroute.routing.token_state import TokenState
 
 
 def trace_request(question: Question, reroute: Mapping[str, Any]) -> tuple[RoutingTrace, str]:
@@ -43,66 +49,58 @@ def _answer_here(question: Question) -> str:
 
 def _trace_here(question: Question, reroute: dict[str, Any]) -> tuple[RoutingTrace, str]:
     llm = start_engine(question, reroute)
-    with _recorded() as traces:
+    schedule = RoutingSchedule.of(llm.llm_engine.vllm_config)
+    with _recorded(schedule) as traces:
         text = answered(llm, question).outputs[0].text
     return traces[-1], text
 
 
 @contextmanager
-def _recorded() -> Iterator[list[RoutingTrace]]:
-    """Traces of the prefills of single requests that run meanwhile; the last one is complete."""
-    from vllm_reroute.routing.decoder import RoutedDecoder
+def _recorded(schedule: RoutingSchedule) -> Iterator[list[RoutingTrace]]:
+    """Traces of single requests, one for each time that a request's decisions are taken meanwhile."""
+    from vllm_reroute.routing.token_state import TokenState
 
     traces: list[RoutingTrace] = []
-    decided: list[TracedDecision] = []
-    run_routed, choose = RoutedDecoder._run_routed, RoutedDecoder._choose
+    choose = TokenState.choose
 
-    def recording_run(self: Any, *inputs: Any) -> Any:
-        decided.clear()
-        output = run_routed(self, *inputs)
-        (prefill,) = inputs[-1].prefills
-        spans = prefill.routing.spans
+    def recording_choose(self: TokenState, stage: int, *, removes: bool) -> None:
+        (prefill,) = self.plan.prefills
+        spans, layers = prefill.routing.spans, schedule.stages[stage]
+        # Place among the candidates -> number of the visual token, -1 for text.
+        visual = spans.mask(prefill.first + prefill.num_tokens)[prefill.first :]
+        number = np.full(self.plan.candidates.num_tokens, -1)
+        number[prefill.start + np.flatnonzero(visual)] = np.arange(spans.num_visual)
+        # Where all run, nothing was ranked, and scores would be those of an earlier decision.
+        scores = None
+        if not self.keeps_all(stage):
+            scores = np.full(spans.num_visual, np.nan, dtype=np.float32)
+            ranked = number[_on_host(self.candidates.rows[self.prompts.rows])]
+            of_prompt = _on_host(self.scores.flatten()[self.prompts.slots].float())
+            scores[ranked[ranked >= 0]] = of_prompt[ranked >= 0]
+        choose(self, stage, removes=removes)
+        running = number[_on_host(self.running.rows)]
+        decision = TracedDecision(
+            layer=layers.first_layer,
+            end_layer=layers.end_layer,
+            kept=np.sort(running[running >= 0]),
+            scores=scores,
+        )
+        earlier = () if decision.layer == schedule.boundary else traces.pop().decisions
         traces.append(
             RoutingTrace(
                 num_prompt=prefill.routing.num_prompt,
                 num_visual=spans.num_visual,
                 sizes=spans.sizes,
-                decisions=tuple(decided),
+                decisions=(*earlier, decision),
             )
         )
-        return output
 
-    def recording_choose(
-        self: Any, decision: Any, scores: Any, candidates: Any, prompts: Any, plan: Any
-    ) -> Any:
-        running, chosen = choose(self, decision, scores, candidates, prompts, plan)
-        (prefill,) = plan.prefills
-        visual = prefill.routing.spans.mask(prefill.num_tokens)
-        # Row of the step -> number of the visual token.
-        number = np.full(plan.num_tokens, -1)
-        number[prefill.start + np.flatnonzero(visual)] = np.arange(visual.sum())
-        stage = next(s for s in self.schedule.stages if s.first_layer == decision.layer)
-        kept = number[running.rows[running.visual].cpu().numpy()]
-        of_tokens = None
-        # Where all run, nothing was ranked, and scores would be those of an earlier decision.
-        if chosen is not None:
-            of_tokens = np.full(visual.sum(), np.nan, dtype=np.float32)
-            ranked = candidates.visual[prompts.rows].cpu().numpy()
-            rows = candidates.rows[prompts.rows].cpu().numpy()[ranked]
-            of_prompt = scores[0, : prompts.lens[0]].float().cpu().numpy()
-            of_tokens[number[rows]] = of_prompt[ranked]
-        decided.append(
-            TracedDecision(
-                layer=decision.layer,
-                end_layer=stage.end_layer,
-                kept=np.sort(kept[kept >= 0]),
-                scores=of_tokens,
-            )
-        )
-        return running, chosen
-
-    RoutedDecoder._run_routed, RoutedDecoder._choose = recording_run, recording_choose
+    TokenState.choose = recording_choose
     try:
         yield traces
     finally:
-        RoutedDecoder._run_routed, RoutedDecoder._choose = run_routed, choose
+        TokenState.choose = choose
+
+
+def _on_host(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()
