@@ -1,4 +1,4 @@
-"""The `vllm-reroute` command: look at schedules, fit one to a model, see what one does to a request."""
+"""The `vllm-reroute` command: look at schedules, fit one to a model, and see what one does to a request."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-reroute",
-        description="Look at visual-token routing schedules for vLLM, and fit them.",
+        description="Look at visual-token routing schedules for vLLM, fit them, and see what one does.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan = commands.add_parser(

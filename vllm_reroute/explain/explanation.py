@@ -17,6 +17,7 @@ from vllm_reroute.explain.record import dense_answer, trace_request
 from vllm_reroute.explain.trace import RoutingTrace, TracedStage, stages_of
 from vllm_reroute.schedule import RerouteOptions
 from vllm_reroute.schedule.options import DEFAULT_ACTION
+from vllm_reroute.startup.calibrated import with_calibration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class DrawnPanel:
 class Explanation:
     """Everything the pictures and the page show.
 
-    options: the reroute options as given. patches: of each of the question's pictures.
+    options: the reroute options, what a file says in its place. patches: of each of the question's pictures.
     """
 
     question: Question
@@ -126,11 +127,11 @@ def explain(
     from transformers import AutoConfig, AutoProcessor
 
     # Before any engine: what cannot be drawn need not be asked.
-    patches = patches_of(
-        AutoConfig.from_pretrained(question.model),
-        AutoProcessor.from_pretrained(question.model),
-        question.pictures,
-    )
+    config = AutoConfig.from_pretrained(question.model)
+    processor = AutoProcessor.from_pretrained(question.model)
+    patches = patches_of(config, processor, question.pictures)
+    # What a file says is shown, and says whether what is deferred may come back.
+    options = with_calibration(options, question.model, config)
     say("asking the routed engine")
     trace, routed = trace_request(question, options.to_mapping())
     if dense is None:
