@@ -102,12 +102,13 @@ def _too_long(rng: random.Random) -> Body:
     return _body(rng, _turn("Count the birds. " * 20_000))
 
 
+# None with a seed: vLLM 0.32's V1 runner on CPU ends when a seeded request's prompt runs in chunks.
 KINDS = (
     Kind("text", _text, 10),
     Kind("text, streamed", lambda rng: _text(rng, stream=True), 6),
     Kind("image", _image, 20),
     Kind("image, streamed", lambda rng: _image(rng, stream=True), 12),
-    Kind("image, three answers", lambda rng: _image(rng, n=3, temperature=1.0, seed=1), 5),
+    Kind("image, three answers", lambda rng: _image(rng, n=3, temperature=1.0), 5),
     Kind("image, log-probabilities", lambda rng: _image(rng, logprobs=True, top_logprobs=3), 4),
     Kind("several images", _several, 8),
     Kind("odd image", _odd, 6),

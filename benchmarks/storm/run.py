@@ -68,7 +68,8 @@ class Outcome:
 async def run(storm: Storm) -> Outcome:
     """Send all requests, wait until the server is idle, and judge."""
     outcome, started = Outcome(), time.monotonic()
-    limits = httpx.Limits(max_connections=storm.at_once + 4)
+    # A connection each: one kept alive may be closed by the server just when it is used again.
+    limits = httpx.Limits(max_connections=storm.at_once + 4, max_keepalive_connections=0)
     async with httpx.AsyncClient(
         base_url=storm.url, timeout=REQUEST_LIMIT_S, limits=limits
     ) as client:

@@ -34,33 +34,34 @@ def new_picture() -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def chat(picture: str, images: int = 1, **options: Any) -> dict[str, Any]:
-    """The body of a chat completion about one picture, shown `images` times."""
+def chat(picture: str, **options: Any) -> dict[str, Any]:
+    """The body of a chat completion about one picture."""
     part = {"type": "image_url", "image_url": {"url": picture}}
-    content = [*[part] * images, {"type": "text", "text": "What is shown?"}]
+    content = [part, {"type": "text", "text": "What is shown?"}]
     messages = [{"role": "user", "content": content}]
     return {"model": MODEL_NAME, "max_tokens": 4, "messages": messages, **options}
 
 
-def responses(picture: str, images: int = 1, **options: Any) -> dict[str, Any]:
+def responses(picture: str, **options: Any) -> dict[str, Any]:
     """The same for /v1/responses."""
     part = {"type": "input_image", "image_url": picture, "detail": "auto"}
-    content = [*[part] * images, {"type": "input_text", "text": "What is shown?"}]
+    content = [part, {"type": "input_text", "text": "What is shown?"}]
     turns = [{"role": "user", "content": content}]
     return {"model": MODEL_NAME, "max_output_tokens": 4, "input": turns, **options}
 
 
-def messages(picture: str, images: int = 1, **options: Any) -> dict[str, Any]:
+def messages(picture: str, **options: Any) -> dict[str, Any]:
     """The same for /v1/messages."""
     data = picture.partition(",")[2]
     source = {"type": "base64", "media_type": "image/png", "data": data}
-    content = [{"type": "image", "source": source}] * images
+    content = [{"type": "image", "source": source}]
     turns = [{"role": "user", "content": [*content, {"type": "text", "text": "What is shown?"}]}]
     return {"model": MODEL_NAME, "max_tokens": 4, "messages": turns, **options}
 
 
+CHAT = "/v1/chat/completions"
 MAKERS = {
-    "/v1/chat/completions": chat,
+    CHAT: chat,
     "/v1/responses": responses,
     "/v1/messages": messages,
 }
@@ -69,15 +70,14 @@ ENDS_WITH_IMAGE = {"add_generation_prompt": False, "chat_template": IMAGE_ONLY_T
 
 @dataclass(frozen=True)
 class Refused:
-    """One request that is refused. cure: what the error must say."""
+    """One chat completion that is refused. cure: what the error must say."""
 
     options: dict[str, Any]
     cure: str
-    path: str = "/v1/chat/completions"
     streams: tuple[bool, ...] = (False, True)
 
     def body(self, picture: str, stream: bool) -> dict[str, Any]:
-        return MAKERS[self.path](picture, stream=stream, **self.options)
+        return chat(picture, stream=stream, **self.options)
 
 
 REFUSED = {
@@ -88,9 +88,6 @@ REFUSED = {
     "echo": Refused({"echo": True}, "Leave echo out"),
     "beam-search": Refused({"use_beam_search": True, "n": 2}, "Leave use_beam_search out"),
     "ends-with-image": Refused(ENDS_WITH_IMAGE, "Put the question after the image"),
-    "longer-than-a-step": Refused({"images": 10}, "--max-num-batched-tokens"),
-    "responses": Refused({"images": 10}, "--max-num-batched-tokens", path="/v1/responses"),
-    "messages": Refused({"images": 10}, "--max-num-batched-tokens", path="/v1/messages"),
 }
 SERVER_WORDS = [
     *("--reroute-schedule", "pdrop", "--reroute-tier", "128", "--dtype", "float32"),
@@ -124,10 +121,11 @@ def check_refusals(url: str, **headers: str) -> None:
     """Each is refused before anything starts, and its picture is answered about afterwards."""
     for name, refused, stream in cases():
         picture = new_picture()
-        status, text = post(url + refused.path, refused.body(picture, stream), **headers)
+        status, text = post(url + CHAT, refused.body(picture, stream), **headers)
         assert (status, refused.cure in text) == (400, True), (name, stream, status, text)
-        status, text = post(url + refused.path, MAKERS[refused.path](picture), **headers)
-        assert status == 200, (name, stream, text)
+        for path, make in MAKERS.items():
+            status, text = post(url + path, make(picture), **headers)
+            assert status == 200, (name, stream, path, text)
 
 
 def check_refusals_at_once(url: str) -> None:
@@ -136,7 +134,5 @@ def check_refusals_at_once(url: str) -> None:
         picture = new_picture()
         bad, good = REFUSED[name].body(picture, False), chat(picture)
         with ThreadPoolExecutor(6) as pool:
-            answers = list(
-                pool.map(lambda body: post(url + "/v1/chat/completions", body), [bad, good] * 6)
-            )
+            answers = list(pool.map(lambda body: post(url + CHAT, body), [bad, good] * 6))
         assert [status for status, _ in answers] == [400, 200] * 6, (name, answers)

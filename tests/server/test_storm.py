@@ -25,7 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
         "--reroute-schedule": "pdrop",
         "--reroute-tier": "128",
         "--dtype": "float32",
-        "--max-model-len": "704",
+        "--max-model-len": "640",
         "--max-num-batched-tokens": "300",
         # Little more than one longest prompt, so that requests are preempted.
         "--kv-cache-memory-bytes": str(3 * 2**20),
