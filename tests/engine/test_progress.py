@@ -207,3 +207,23 @@ def test_limits_of_a_step_are_honoured(
     asks = (ONE_IMAGE, TWO_IMAGES, TEXT_ONLY, LONG_TEXT, OTHER_IMAGE)
     host.engine(**small(models, OPTIONS, max_num_batched_tokens=400, **limit))
     check(oracles, OPTIONS, asks, host.call(generate, asks))
+
+
+def sampled(llm: Any, asks: Any) -> list[list[int]]:
+    """Tokens drawn with seeds, all requests together."""
+    asks = [replace(ask, options={"temperature": 1.0, "seed": 7}) for ask in asks]
+    outputs = llm.generate(
+        [ask.prompt() for ask in asks], [ask.sampling_params() for ask in asks], use_tqdm=False
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_a_seed_draws_alike_in_chunks(v1: EngineHost, models: Any) -> None:
+    """Steps in which only part of a prompt runs draw nothing."""
+    asks = (ONE_IMAGE, LONG_TEXT, TWO_IMAGES)
+    drawn = []
+    for step in (600, 48):
+        v1.engine(**small(models, OPTIONS, max_num_batched_tokens=step))
+        drawn.append(v1.call(sampled, asks))
+    assert drawn[0] == drawn[1]
+    assert len({tuple(tokens[:4]) for tokens in drawn[0]}) == 3

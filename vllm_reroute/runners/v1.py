@@ -13,6 +13,7 @@ from vllm_reroute.attention.step import DUMMY_STEP, RoutedStep
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.step_plan import Places
 from vllm_reroute.runners.step_planner import StepPlanner
+from vllm_reroute.runners.v1_seeds import withhold_generators
 from vllm_reroute.to_device import to_device
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def planned_step(
             planner = StepPlanner(runner.vllm_config, runner.kv_cache_config, decoder)
             setattr(runner, _PLANNER_ATTRIBUTE, planner)
         step = _V1Batch(runner).plan(num_scheduled_tokens, num_reqs, num_tokens)
+        withhold_generators(runner, num_scheduled_tokens)
     builders = [
         builder
         for groups in runner.attn_groups
