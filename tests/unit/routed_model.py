@@ -145,8 +145,13 @@ class Conversations:
             self.tables.append(table)
         assert used <= model.kv_cache_config.num_blocks, used
 
-    def share(self, owner: int, reader: int, num_tokens: int) -> None:
-        """Let a request begin with the blocks of another one, as a prefix-cache hit does."""
+    def share(
+        self, owner: int, reader: int, num_tokens: int, text_owner: int | None = None
+    ) -> None:
+        """Let a request begin with the blocks of another one, as a prefix-cache hit does.
+
+        text_owner: whose blocks it has after the first decision, where those of `owner` are gone.
+        """
         routing = self.requests[reader].routing
         dense = 0 if routing is None else routing.dense_stages
         for group, table in enumerate(self.tables):
@@ -154,7 +159,8 @@ class Conversations:
             everywhere = routing is None or group < dense or group == len(self.tables) - 1
             tokens = num_tokens if everywhere else min(num_tokens, routing.text_prefix)
             count = tokens // self.model.block_size * spec.num_layers
-            table[reader, :count] = table[owner, :count]
+            of = owner if everywhere or text_owner is None else text_owner
+            table[reader, :count] = table[of, :count]
         self.requests[reader].computed = num_tokens
 
     def common(self, running: Sequence[int], scheduled: Sequence[int]) -> list:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vllm_reroute.plan.request_routing import RequestRouting
+from vllm_reroute.plan.row_pieces import row_pieces
 from vllm_reroute.plan.visual_spans import VisualSpans
 
 from .routed_model import Conversation, Conversations
@@ -134,6 +135,23 @@ def test_rows_in_pieces_equal_rows_at_once(model, most, monkeypatch):
     assert max(stage.num_tokens for stage in plan.stages) > most, "pieces are needed"
     states = run.step({0: 10, 1: 10})
     check(torch.stack([states[0][-1], states[1][-1]]), torch.stack(expect))
+
+
+def test_pieces_begin_with_text_that_others_read(model, monkeypatch):
+    """A prompt finds its image parked, and its text in blocks that a request behind it in the same
+    step is about to fill: that text runs in an earlier piece."""
+    earlier = conversation(model, ONE, seed=9)
+    reader = like(model, earlier, ONE, seed=10, num_shared=192)
+    writer = like(model, earlier, None, seed=11, num_shared=64)
+    expect = alone(model, reader)
+    run = Conversations(model, [earlier, reader, writer])
+    run.step({0: NUM_PROMPT})
+    run.share(0, 1, 192, text_owner=2)
+    monkeypatch.setattr(model.decoder.tables, "max_tokens", 72)
+    plan = run.plan([1, 2], [8, 64]).plan
+    assert len(row_pieces(plan, 1, 72)) > 1 and len(plan.boundary.fetched) == 128
+    check(run.step({1: 8, 2: 64})[1][-1], expect[0])
+    check(run.step({1: 1})[1][0], expect[1])
 
 
 def test_a_dummy_run_leaves_the_pages_alone(model):
