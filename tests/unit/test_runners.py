@@ -56,6 +56,17 @@ def test_the_builders_own_step_serves_where_none_is_handed_over(model, run):
             builder.step = None
 
 
+def test_a_stage_that_nobody_runs_has_no_kernel_metadata(model, run):
+    """A chunk that ends inside the image: kernels are never launched over no rows."""
+    run.requests[0].computed = 32
+    step, common = run.plan([0], [20]), run.common([0], [20])
+    dense, *later = (
+        b.build(0, c, step=step) for b, c in zip(model.builders[:-1], common, strict=False)
+    )
+    assert dense.shared.num_actual_tokens == 20
+    assert [(m.plan, m.shared, m.views) for m in later] == [(step.plan, None, None)] * 2
+
+
 class Batch:
     """The V1 runner's batch of an image request and a text request."""
 
@@ -66,8 +77,9 @@ class Batch:
                 prompt_token_ids=list(range(NUM_PROMPT)),
                 mrope_positions=torch.arange(3 * NUM_PROMPT).view(3, NUM_PROMPT),
                 sampling_params=None,
+                generator=None,
             ),
-            "text": SimpleNamespace(mm_features=[], prompt_token_ids=[1, 2, 3]),
+            "text": SimpleNamespace(mm_features=[], prompt_token_ids=[1, 2, 3], generator=None),
         }
         tables = [
             SimpleNamespace(get_device_tensor=lambda n, table=table: table[:n])
