@@ -56,6 +56,29 @@ def test_the_builders_own_step_serves_where_none_is_handed_over(model, run):
             builder.step = None
 
 
+@pytest.mark.parametrize("scheduled", [NUM_PROMPT, 30], ids=["finishing", "text before the image"])
+def test_layers_of_a_stage_share_all_but_their_blocks_and_slots(model, run, scheduled):
+    tables, before = model.decoder.tables, 0
+    step, common = run.plan([0, 1], [scheduled, 5]), run.common([0, 1], [scheduled, 5])
+    for stage, builder in enumerate(model.builders[:-1]):
+        lengths = step.plan.stages[stage]
+        metadata = builder.build(0, common[stage], step=step)
+        for index in range(model.schedule.stages[stage].num_layers):
+            shared = metadata.of_layer(index)
+            assert shared is metadata.shared
+            assert shared.seq_lens.tolist() == lengths.seq_lens.tolist()
+            assert shared.query_start_loc.tolist() == lengths.query_start_loc.tolist()
+            assert shared.num_actual_tokens == lengths.num_tokens
+            assert shared.max_query_len == lengths.query_lens.max()
+            assert shared.max_seq_len == lengths.seq_lens.max()
+            blocks = tables.block_tables[before + index, :2]
+            slots = tables.slot_mappings[before + index, : lengths.num_tokens]
+            assert torch.equal(shared.block_table, blocks)
+            assert torch.equal(shared.slot_mapping, slots) and slots.ge(0).all()
+        before += model.schedule.stages[stage].num_layers
+    assert before == model.schedule.num_layers
+
+
 def test_a_stage_that_nobody_runs_has_no_kernel_metadata(model, run):
     """A chunk that ends inside the image: kernels are never launched over no rows."""
     run.requests[0].computed = 32
