@@ -132,16 +132,22 @@ class Traffic(RuleBasedStateMachine):
                 tokens += self._words(chance, chance.choice((0, 3, 4, 9)))
                 pictures.append(self._picture(chance, len(tokens)))
                 tokens += [0] * pictures[-1].mm_position.length
-            tokens += self._words(chance, chance.randint(1, 20))
+            # The last token must be text, but a placeholder may end with it.
+            ends = bool(pictures) and pictures[-1].identifier == "c" and chance.random() < 0.5
+            tokens += self._words(chance, 0 if ends else chance.randint(1, 20))
             self._add(chance, tokens, pictures)
 
     @precondition(lambda self: self.all)
-    @rule(seed=st.integers(0, 2**32), turn=st.booleans())
-    def ask_again(self, seed, turn):
-        """The next turn of a conversation, or another question behind the same beginning."""
+    @rule(seed=st.integers(0, 2**32), what=st.sampled_from(("next turn", "other question", "same")))
+    def ask_again(self, seed, what):
+        """A later turn of a conversation, or what has been asked about the same beginning."""
         chance = random.Random(seed)
         before = chance.choice(self.all)
-        if turn:
+        if what == "same":
+            for _ in range(chance.randint(1, 3)):
+                self._add(chance, list(before.prompt_token_ids), before.mm_features)
+            return
+        if what == "next turn":
             tokens = [*before.all_token_ids, *self._words(chance, chance.randint(1, 9))]
         else:
             end = max(
