@@ -30,6 +30,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
             "openai>=2.25",
             # Ships the photographs that the demo and the tests ask about.
             "scikit-image>=0.24",

@@ -64,17 +64,15 @@ class Engine:
         self.requests[request.request_id] = request
         hits, num_hit, _ = self.manager.get_computed_blocks(request)
         new = (num_tokens or request.num_tokens) - num_hit
-        if (
-            self.manager.allocate_slots(request, new, num_hit, hits, full_sequence_must_fit=True)
-            is None
-        ):
+        if self._allocate(request, new, num_hit, hits, full_sequence_must_fit=True) is None:
             return None
         self._ran(request, num_hit + new)
         return self.manager.get_block_ids(request.request_id), num_hit
 
     def run(self, request, num_tokens):
         """New block ids per group for more tokens of the prompt; None if there is no room."""
-        new = self.manager.allocate_slots(request, num_tokens)
+        empty = self.manager.empty_kv_cache_blocks
+        new = self._allocate(request, num_tokens, 0, empty)
         if new is None:
             return None
         self._ran(request, request.num_computed_tokens + num_tokens)
@@ -84,6 +82,17 @@ class Engine:
         """New block ids per group for one more token."""
         request.append_output_token_ids(7)
         return self.run(request, 1)
+
+    def _allocate(self, request, new, num_hit, hits, **options):
+        """What is asked of the pool before is what is taken from it, found blocks included."""
+        before = request.num_computed_tokens + num_hit
+        asked = self.manager.coordinator.get_num_blocks_to_allocate(
+            request.request_id, before + new, hits.blocks, 0, before, before, before + new
+        )
+        free = self.pool.get_num_free_blocks()
+        blocks = self.manager.allocate_slots(request, new, num_hit, hits, **options)
+        assert free - self.pool.get_num_free_blocks() == (0 if blocks is None else asked)
+        return blocks
 
     def _ran(self, request, num_computed):
         request.num_computed_tokens = num_computed

@@ -6,6 +6,7 @@ from vllm_reroute.kv_cache.interleaving import flat
 from vllm_reroute.schedule import RerouteOptions
 
 from .kv_engine import BLOCK, PAGES, SCHEDULE, Engine, Picture, Text, ask
+from .parts import make_request
 
 SYSTEM = Text("system", 40)
 CAT, DOG = Picture("cat"), Picture("dog")
@@ -140,6 +141,22 @@ def test_who_is_resumed_finds_no_more_than_its_prompt_but_one(generated):
     _, num_hit = engine.prefill(request)
     assert num_hit == 80
     assert engine.held(request) == engine.expected_held(request)
+
+
+def test_generated_tokens_are_never_found_behind_a_picture():
+    """Nobody parks them: also where a resumed request's last page has room for them."""
+    engine = Engine()
+    request = ask("r", *FIRST)
+    engine.prefill(request)
+    for _ in range(30):
+        engine.decode(request)
+    engine.preempt(request)
+    engine.manager.reset_prefix_cache()
+    engine.prefill(request, 99)
+    engine.run(request, 31)
+    engine.decode(request)
+    answered = make_request("next turn", [*request.all_token_ids, 7, 7], request.mm_features)
+    assert engine.hit(answered) == 96
 
 
 def test_chunks_are_found_as_they_run():

@@ -301,6 +301,21 @@ def test_a_long_image_prompt_is_preempted_in_the_middle_and_goes_on(configs):
     steps.finish()
 
 
+def test_what_a_preempted_step_was_to_write_is_not_found(limited):
+    """With priorities vLLM may drop a chunk it has just planned: `low` must not find it written."""
+    config = limited(policy="priority", long_prefill_token_threshold=32)
+    steps = Steps(config, units=20)
+    steps.add(text("mid", 100, first=800, priority=1, arrival_time=0.0, max_tokens=12))
+    for _ in range(3):
+        steps.run()
+    steps.add(text("low", 200, priority=2, arrival_time=1.0, max_tokens=3))
+    low = steps.scheduler.requests["low"]
+    steps.run()
+    steps.add(text("high", 13, first=500, priority=0, arrival_time=2.0, max_tokens=60))
+    steps.finish()
+    assert low.num_preemptions and low.num_output_tokens == 3
+
+
 def test_a_resumed_request_longer_than_a_step_decides_as_before(configs):
     steps = Steps(configs["routed"])
     steps.add(image("i", 50, max_tokens=100))

@@ -65,6 +65,15 @@ class LayeredManager(FullAttentionManager):
             )
         self.num_cached_block[request.request_id] = full
 
+    def withdraw(self, request: Request) -> None:
+        """Take back what was offered for tokens that have not run and now will not."""
+        ran = request.num_computed_tokens // self.block_size
+        offered = self.num_cached_block.get(request.request_id, 0)
+        if offered > ran:
+            blocks = self.req_to_blocks[request.request_id]
+            unwritten = blocks[ran * self.num_layers : offered * self.num_layers]
+            self.block_pool.evict_blocks({block.block_id for block in unwritten})
+
     @classmethod
     def find_longest_cache_hit(
         cls,

@@ -113,9 +113,14 @@ class RoutedSchedulerMixin:
 
         So an eviction shortens a cached prefix by as many tokens as stock vLLM's would. Group
         after group, the first group alone would pay for it, and a hit needs every layer.
+
+        With priorities vLLM preempts requests that it has just planned into the step, and leaves
+        their blocks in the prefix cache as if they had run.
         """
         self.decode_blocks.forget(request)
         managers = self.kv_cache_manager.coordinator.single_type_managers
+        for manager in managers:
+            manager.withdraw(request)
         of_groups = [manager.pop_layer_blocks(request.request_id) for manager in managers]
         of_tokens = zip_longest(*of_groups, fillvalue=())
         blocks = [block for groups in of_tokens for layers in groups for block in layers]
