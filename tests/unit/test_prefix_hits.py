@@ -143,9 +143,10 @@ def test_who_is_resumed_finds_no_more_than_its_prompt_but_one(generated):
     assert engine.held(request) == engine.expected_held(request)
 
 
-def test_generated_tokens_are_never_found_behind_a_picture():
+@pytest.mark.parametrize("schedule", [SCHEDULE, RerouteOptions(schedule="nuwa").resolve(8)])
+def test_generated_tokens_are_never_found_behind_a_picture(schedule):
     """Nobody parks them: also where a resumed request's last page has room for them."""
-    engine = Engine()
+    engine = Engine(schedule)
     request = ask("r", *FIRST)
     engine.prefill(request)
     for _ in range(30):

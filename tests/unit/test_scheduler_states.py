@@ -129,7 +129,7 @@ class Traffic(RuleBasedStateMachine):
         for _ in range(count):
             tokens, pictures = [], []
             for _ in range(chance.choice((0, 0, 1, 1, 2, 3))):
-                tokens += self._words(chance, chance.choice((0, 3, 4, 9)))
+                tokens += self._words(chance, chance.choice((0, 1, 4, 5, 9)))
                 pictures.append(self._picture(chance, len(tokens)))
                 tokens += [0] * pictures[-1].mm_position.length
             # The last token must be text, but a placeholder may end with it.
