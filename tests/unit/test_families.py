@@ -9,11 +9,11 @@ from vllm import ModelRegistry
 from vllm_reroute.families.deepstack import first_decision_layer
 from vllm_reroute.families.table import FAMILIES, family_of, routed_name
 from vllm_reroute.families.visual_tokens import fixed_visual_tokens, visual_tokens_per_image
+from vllm_reroute.models.architecture import RoutedArchitecture
 from vllm_reroute.models.rerouted import Rerouted
 from vllm_reroute.plugin import register
 from vllm_reroute.schedule import RerouteOptions
 from vllm_reroute.schedule.published import ACTIONS, TIERS
-from vllm_reroute.startup.architecture import RoutedArchitecture
 
 # Decision layers published for Qwen2.5-VL-7B, see the Reroute paper's code.
 QWEN_LAYERS = {

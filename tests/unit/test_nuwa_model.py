@@ -13,6 +13,7 @@ from vllm.config import CompilationConfig
 
 from benchmarks.local_model import TINY, make_config
 from vllm_reroute.families.table import FAMILIES, family_of, nuwa_name
+from vllm_reroute.models.architecture import RoutedArchitecture
 from vllm_reroute.models.nuwa import Nuwa, with_anchor_column
 from vllm_reroute.nuwa.requirements import check_model
 from vllm_reroute.plan.request_routing import RequestRouting
@@ -22,7 +23,6 @@ from vllm_reroute.routing.prompt_rows import PromptRows, prompt_scores, text_mas
 from vllm_reroute.routing.selection import select_rows
 from vllm_reroute.schedule import CONFIG_KEY, RerouteOptions, RoutingSchedule
 from vllm_reroute.schedule.budget import num_kept, num_kept_of_images
-from vllm_reroute.startup.architecture import RoutedArchitecture
 
 from .parts import feature, make_request
 from .steps import Going, plan_of, routing_of

@@ -50,6 +50,7 @@ class Found:
 
 
 def coarse_counts(reference: int) -> tuple[int, ...]:
+    """Token counts from 1 to `reference`: every one up to `FINE`, then in growing steps."""
     counts = list(range(1, min(FINE, reference) + 1))
     while counts[-1] < reference:
         counts.append(min(reference, max(counts[-1] + 1, round(counts[-1] * STEP))))

@@ -22,8 +22,8 @@ from vllm_reroute.calibration.rows import NAMES, RowFolder
 from vllm_reroute.calibration.samples import Sample, digest_of, prepare, read_samples
 from vllm_reroute.families.deepstack import first_decision_layer
 from vllm_reroute.families.short_names import resolve_model
+from vllm_reroute.models.architecture import RoutedArchitecture
 from vllm_reroute.schedule.published import Action
-from vllm_reroute.startup.architecture import RoutedArchitecture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -102,6 +102,7 @@ def calibrate(settings: Settings) -> Iterator[str]:
 
 
 def rows_folder(out: Path) -> Path:
+    """Where the rows recorded for a result are kept."""
     return out.with_suffix(".rows")
 
 

@@ -102,9 +102,9 @@ def _plan(args: argparse.Namespace) -> list[str]:
 
     from vllm_reroute.families.deepstack import first_decision_layer
     from vllm_reroute.families.visual_tokens import visual_tokens_per_image
+    from vllm_reroute.models.architecture import RoutedArchitecture
     from vllm_reroute.report import footprint_lines, model_lines, schedule_lines
     from vllm_reroute.schedule.cost_model import DecoderShape, RequestCost, vision_shape
-    from vllm_reroute.startup.architecture import RoutedArchitecture
     from vllm_reroute.startup.calibrated import with_calibration
 
     options = RerouteOptions.from_mapping(options_from_flags(args))

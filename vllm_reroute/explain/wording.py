@@ -7,6 +7,7 @@ from vllm_reroute.explain.trace import TracedStage, average_kept
 
 
 def stage_title(index: int, stage: TracedStage) -> str:
+    """Number and layers of a stage."""
     first, end = stage.layers
     layers = f"layer {first}" if end - first == 1 else f"layers {first}-{end - 1}"
     return f"Stage {index} · {layers}"
@@ -27,6 +28,7 @@ def away(explanation: Explanation) -> str:
 
 
 def summary(explanation: Explanation) -> str:
+    """The request and what it kept, in one sentence."""
     trace = explanation.trace
     average = average_kept(trace)
     return (

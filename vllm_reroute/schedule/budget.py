@@ -114,7 +114,7 @@ def _shape(published: PublishedSchedule, first: float) -> list[float]:
 def _nudge(counts: list[int], sizes: Sequence[int], wanted: float) -> list[int]:
     """The counts, moved by as few tokens as bring their total closest to `wanted`.
 
-    Equal counts move together: stages with equal ratios share one KV cache group. None overtakes
+    Equal counts move together, so that a flat shape stays flat. None overtakes
     another: a stage that may not rise would be cut back to the one before.
     """
     layers_of = {c: sum(n for n, k in zip(sizes, counts, strict=True) if k == c) for c in counts}

@@ -10,6 +10,7 @@ from typing import Any
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raises ValueError for a value that is given and not allowed."""
     if value is not None and value not in allowed:
         raise ValueError(
             f"--reroute-{name} {value!r} is unknown. Choose one of: {', '.join(map(str, allowed))}."
@@ -27,6 +28,7 @@ def check_keep(keep: Sequence[float], name: str = "--reroute-keep") -> None:
 
 
 def number(name: str, value: Any, kind: type) -> Any:
+    """The value as an int or float; None stays. Raises ValueError where it is neither."""
     if value is None:
         return None
     try:
@@ -40,6 +42,7 @@ def number(name: str, value: Any, kind: type) -> Any:
 
 
 def numbers(name: str, value: Any, kind: type) -> tuple[Any, ...] | None:
+    """A list, tuple or "2,7,15" as numbers; None stays. Raises ValueError for anything else."""
     if value is None:
         return None
     if isinstance(value, str):

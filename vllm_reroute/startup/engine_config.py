@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.platforms import current_platform
 
 from vllm_reroute.families.deepstack import first_decision_layer
+from vllm_reroute.models.architecture import RoutedArchitecture
 from vllm_reroute.nuwa.requirements import check_encoder_options
 from vllm_reroute.schedule import CONFIG_KEY, SCHEDULE_KEY, RerouteOptions
-from vllm_reroute.startup.architecture import RoutedArchitecture
 from vllm_reroute.startup.calibrated import with_calibration
 from vllm_reroute.startup.refusals import check_arguments, check_config
 from vllm_reroute.vllm_seams.seams import check_vllm
