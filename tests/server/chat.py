@@ -47,16 +47,27 @@ def ask(client: openai.OpenAI, text: str, photos: tuple[int, ...] = (), **option
 
 def check_concurrent_answers(client: openai.OpenAI, model: Path, depth: int) -> None:
     """Images, two images and text at once; every answer is the one `pdrop` at tier 128 defines."""
+    check_answers(
+        client,
+        model,
+        depth,
+        [
+            ("What is shown?", (0,)),
+            ("Which animal is this?", (1,)),
+            ("How many birds fly over the field?", ()),
+            ("Which of the two has the cup?", (2, 3)),
+            ("Describe the photo in one sentence.", (3,)),
+        ],
+    )
+
+
+def check_answers(
+    client: openai.OpenAI, model: Path, depth: int, asks: list[tuple[str, tuple[int, ...]]]
+) -> list[Any]:
+    """The answers to these questions, asked at once; each is the one `pdrop` at tier 128 defines."""
     schedule = RerouteOptions(schedule="pdrop", tier=128).resolve(depth)
     oracle = RoutedOracle(model, action=schedule.action, layers=schedule.layers, keep=schedule.keep)
     processor = AutoProcessor.from_pretrained(model)
-    asks: list[tuple[str, tuple[int, ...]]] = [
-        ("What is shown?", (0,)),
-        ("Which animal is this?", (1,)),
-        ("How many birds fly over the field?", ()),
-        ("Which of the two has the cup?", (2, 3)),
-        ("Describe the photo in one sentence.", (3,)),
-    ]
     with ThreadPoolExecutor(len(asks)) as pool:
         answers = list(pool.map(lambda one: ask(client, *one), asks))
     for (_, photos), answer in zip(asks, answers, strict=True):
@@ -66,3 +77,4 @@ def check_concurrent_answers(client: openai.OpenAI, model: Path, depth: int) -> 
             inputs |= processor.image_processor(images, return_tensors="pt")
         expected = oracle.run(inputs, MAX_TOKENS)
         assert answer.choices[0].token_ids == expected.token_ids
+    return answers

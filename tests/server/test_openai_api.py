@@ -12,10 +12,18 @@ import pytest
 
 from benchmarks.local_model import TINY, build_local_model
 from benchmarks.local_server import LocalServer
-from tests.server.chat import MAX_TOKENS, MODEL_NAME, ask, check_concurrent_answers, messages
+from tests.server.chat import (
+    MAX_TOKENS,
+    MODEL_NAME,
+    ask,
+    check_answers,
+    check_concurrent_answers,
+    messages,
+)
 from vllm_reroute.schedule import RerouteOptions
 
 STEP_TOKENS = 600
+MODEL_LEN = 768
 VISUAL = 64
 
 
@@ -32,7 +40,7 @@ def server(model: Path) -> Iterator[LocalServer]:
         "--reroute-schedule": "pdrop",
         "--reroute-tier": "128",
         "--dtype": "float32",
-        "--max-model-len": "1024",
+        "--max-model-len": str(MODEL_LEN),
         "--max-num-batched-tokens": str(STEP_TOKENS),
         "--kv-cache-memory-bytes": str(64 * 2**20),
         "--limit-mm-per-prompt": '{"image": 12}',
@@ -55,14 +63,20 @@ def test_concurrent_answers_equal_the_oracle(client: openai.OpenAI, model: Path)
     check_concurrent_answers(client, model, TINY.text_layers)
 
 
+def test_prompt_longer_than_a_step_equals_the_oracle(client: openai.OpenAI, model: Path) -> None:
+    """Ten pictures, 640 visual tokens: two steps at the least."""
+    answer = check_answers(client, model, TINY.text_layers, [("And these?", (0, 1) * 5)])[0]
+    assert len(answer.prompt_token_ids) > STEP_TOKENS
+
+
 @pytest.mark.parametrize(
     ("case", "cure"),
     [
         ({"text": "What is this?", "image": b"these bytes are no image"}, "image"),
-        ({"text": "And these?", "photos": (0,) * 10}, "--max-num-batched-tokens"),
+        ({"text": "And these?", "photos": (0,) * 12}, "--max-model-len"),
         ({"text": "Score the prompt.", "photos": (0,), "prompt_logprobs": 1}, "prompt_logprobs"),
     ],
-    ids=["broken-image", "longer-than-a-step", "prompt-logprobs"],
+    ids=["broken-image", "longer-than-the-model", "prompt-logprobs"],
 )
 def test_bad_request_is_refused_and_serving_goes_on(
     client: openai.OpenAI, case: dict[str, Any], cure: str
@@ -81,13 +95,14 @@ def test_bad_request_is_refused_and_serving_goes_on(
 def test_startup_log_states_the_schedule(server: LocalServer, client: openai.OpenAI) -> None:
     schedule = RerouteOptions(schedule="pdrop", tier=128).resolve(TINY.text_layers)
     log = server.log.read_text(encoding="utf-8")
+    rows = STEP_TOKENS + max(STEP_TOKENS, MODEL_LEN)
     for part in (
         "schedule          pdrop, action reroute",
         f"decision layers   {', '.join(map(str, schedule.layers))} of {TINY.text_layers}",
         f"{schedule.average(VISUAL):.1f} per layer on average, of {VISUAL}",
         "KV cache per image request",
         "image requests that fit the KV pool at once",
-        f"deferred-token buffer: {STEP_TOKENS * TINY.hidden_size * 4 / 2**20:.3f} MiB",
+        f"deferred-token buffer: {rows * TINY.hidden_size * 4 / 2**20:.3f} MiB",
     ):
         assert part in log
 
