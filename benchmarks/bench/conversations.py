@@ -19,11 +19,12 @@ class Traffic:
     """What is asked, one request after the other.
 
     system: words of text before everything. turns: of the conversation about one picture, answered
-    with `answer_tokens` each. pictures: new ones, each behind the system text, after one more that
+    with `answer_tokens` each. name: in reports. pictures: new ones, each behind the system text, after one more that
     brings that text into the cache. questions: about one picture, after a first one.
     """
 
     kind: str
+    name: str
     system: int = 0
     turns: int = 1
     pictures: int = 0
@@ -31,17 +32,26 @@ class Traffic:
     answer_tokens: int = 32
 
 
-CHAT = Traffic(kind="chat", turns=5)
-SYSTEM = Traffic(kind="system", system=800, pictures=3)
-AGAIN = Traffic(kind="again", questions=4)
-TRAFFIC = (CHAT, SYSTEM, AGAIN)
+CHAT = Traffic(kind="chat", name="five turns about one picture, answers of 32 tokens", turns=5)
+BRIEF = Traffic(
+    kind="brief",
+    name="five turns about one picture, answers of 8 tokens",
+    turns=5,
+    answer_tokens=8,
+)
+SYSTEM = Traffic(
+    kind="system", name="new picture behind an 800-token system prompt", system=800, pictures=3
+)
+AGAIN = Traffic(kind="again", name="same picture, another question", questions=4)
+TRAFFIC = (CHAT, BRIEF, SYSTEM, AGAIN)
 
 
 def converse(state: dict, traffic: Traffic, seed: int) -> dict:
     """Runs the traffic from an empty cache.
 
-    first_token_s: sum of the times to first token of the requests that count. cached: tokens they
-    read from the cache; prompt_tokens: of all of them. seed: other pictures and words every time.
+    first_token_s: sum of the times to first token of the requests that count; each_s: one by one.
+    cached: tokens they read from the cache, of which cached_text lie before the picture;
+    prompt_tokens: of all of them. seed: other pictures and words every time.
     """
     llm = state["llm"]
     assert llm.reset_prefix_cache(), "no request is running"
@@ -51,8 +61,10 @@ def converse(state: dict, traffic: Traffic, seed: int) -> dict:
     return {
         "first_token_s": sum(one["first_token_s"] for one in counted),
         "each_s": [one["first_token_s"] for one in counted],
-        "cached": sum(one["cached"] for one in counted),
-        "prompt_tokens": sum(one["prompt_tokens"] for one in counted),
+        **{
+            key: sum(one[key] for one in counted)
+            for key in ("cached", "cached_text", "prompt_tokens")
+        },
     }
 
 
@@ -85,7 +97,7 @@ def _again(llm: Any, traffic: Traffic, rng: random.Random) -> list[dict]:
     return counted[1:]
 
 
-_RUNS = {"chat": _chat, "system": _system, "again": _again}
+_RUNS = {"chat": _chat, "brief": _chat, "system": _system, "again": _again}
 
 
 def beside_long_prompt(state: dict, images: int, others: int, seed: int) -> dict:
@@ -150,10 +162,12 @@ def _ask(llm: Any, tokens: Sequence[int], pictures: list[Any], answer_tokens: in
         if outputs:
             stamps.append(time.perf_counter())
     (output,) = outputs
+    cached, prompt = output.num_cached_tokens or 0, list(output.prompt_token_ids)
     return {
         "first_token_s": stamps[0] - started,
-        "cached": output.num_cached_tokens or 0,
-        "prompt_tokens": len(output.prompt_token_ids),
+        "cached": cached,
+        "cached_text": min(cached, prompt.index(engine.model_config.hf_config.image_token_id)),
+        "prompt_tokens": len(prompt),
         "answer": list(output.outputs[0].token_ids),
     }
 

@@ -26,6 +26,17 @@ MIDDLE = replace(
     DEMO, hidden_size=512, heads=8, kv_heads=8, intermediate_size=1376, max_positions=16384
 )
 NARROW = replace(DEMO, max_positions=8192)
+# Next to no arithmetic, so that the host shows.
+THIN = replace(
+    DEMO,
+    hidden_size=64,
+    heads=2,
+    kv_heads=2,
+    intermediate_size=172,
+    vision_layers=2,
+    vision_hidden_size=64,
+    vision_heads=2,
+)
 TRIAL = replace(SHAPES["tiny-64-visual"], max_positions=4096)
 
 
@@ -33,7 +44,7 @@ TRIAL = replace(SHAPES["tiny-64-visual"], max_positions=4096)
 class Sizes:
     """What is asked of the engines.
 
-    wide, middle, narrow: models. long_images: pictures of a prompt longer than a step. tiers:
+    wide, middle, narrow, thin: models. long_images: pictures of a prompt longer than a step. tiers:
     averages the prefill part covers; nuwa_tier: the one it has Nüwa at.
     shallow_depth: of the stock engine that tells fixed from per-layer time. compiled_depth: of the
     engines that are compiled, since stock's one graph of 32 layers takes minutes. groups: KV groups.
@@ -44,6 +55,7 @@ class Sizes:
     wide: LlavaShape
     middle: LlavaShape
     narrow: LlavaShape
+    thin: LlavaShape
     tiers: tuple[int, ...]
     nuwa_tier: int
     shallow_depth: int
@@ -68,6 +80,7 @@ FULL = Sizes(
     wide=WIDE,
     middle=MIDDLE,
     narrow=NARROW,
+    thin=THIN,
     tiers=(192, 64, 128),
     nuwa_tier=128,
     shallow_depth=2,
@@ -92,6 +105,7 @@ QUICK = replace(
     wide=TRIAL,
     middle=TRIAL,
     narrow=TRIAL,
+    thin=TRIAL,
     tiers=(192,),
     nuwa_tier=192,
     groups=(2, 5),
@@ -140,6 +154,9 @@ class Settings:
 
     def narrow(self) -> "BenchModel":
         return self._model("narrow", self.sizes.narrow)
+
+    def thin(self) -> "BenchModel":
+        return self._model("thin", self.sizes.thin)
 
     def _model(self, name: str, shape: LlavaShape) -> "BenchModel":
         if self.model is not None:

@@ -33,6 +33,10 @@ MACHINERY_PREFILL = 0.98
 MACHINERY_DECODE = 1.03
 MACHINERY_GROUPS = 12
 TEXT_ONLY = 0.99
+# A step of a thin model over stock's, with up to five stages and with more; one image's prefill.
+HOST_STEP_FEW = 1.02
+HOST_STEP_MANY = 1.05
+HOST_PREFILL = 1.05
 # Requests per second, routed over dense, at every concurrency.
 SERVING = 1.0
 CAPACITY = 0.95

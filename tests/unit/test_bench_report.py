@@ -7,13 +7,13 @@ import pytest
 from benchmarks.bench import report, targets
 from benchmarks.bench.client import KEYS, RATE, command
 from benchmarks.bench.engines import SHALLOW, STOCK
-from benchmarks.bench.parts import capacity, machinery, prefill, reference, serving
+from benchmarks.bench.parts import capacity, host, machinery, prefill, reference, reuse, serving
 
 # Rounds in which the machine is this much slower.
 SLOWER = (1.0, 2.0, 1.5)
 
 
-def engine(average=576.0, options=None, groups=0, depth=32, **columns):
+def engine(average=576.0, options=None, groups=0, depth=32, kept=(), **columns):
     """columns: point -> value in the fastest round; a dictionary nests."""
 
     def scaled(value, factor):
@@ -26,6 +26,7 @@ def engine(average=576.0, options=None, groups=0, depth=32, **columns):
         "average": average,
         "depth": depth,
         "groups": groups,
+        "kept": list(kept),
         "samples": [scaled({"prompt_tokens": 680, **columns}, factor) for factor in SLOWER],
     }
 
@@ -109,6 +110,9 @@ def test_compiled_is_held_against_eager(compiled_s, met):
     assert "over itself" in "\n".join(prefill.markdown(found))
 
 
+MANY = "keep all but one, 12 groups"
+
+
 def machinery_wave(prefill_s=1.0, decode_s=0.1, text_s=2.0):
     def of(groups, first, step, text):
         return engine(
@@ -121,7 +125,7 @@ def machinery_wave(prefill_s=1.0, decode_s=0.1, text_s=2.0):
         "engines": {
             STOCK: of(0, 1.0, 0.1, 2.0),
             machinery.KEEP_ALL: of(2, 1.0, 0.1, 2.0),
-            "keep all but one, 12 groups": of(12, prefill_s, decode_s, text_s),
+            MANY: of(12, prefill_s, decode_s, text_s),
         }
     }
 
@@ -130,11 +134,44 @@ def test_machinery_targets():
     assert all(verdicts(machinery.summarise({"groups-1": machinery_wave()})).values())
     met = verdicts(machinery.summarise({"groups-1": machinery_wave(1.5, 0.104, 2.03)}))
     assert {what for what, good in met.items() if not good} == {
-        "decode step, keep all but one, 12 groups, over stock",
-        "text-only throughput, keep all but one, 12 groups, of stock",
+        f"decode step, {MANY}, over stock",
+        f"text-only throughput, {MANY}, of stock",
     }
     # Eleven decisions cost prefill by design; its bound is for published numbers of them.
     assert not any("prefill" in what and "12" in what for what in met)
+
+
+def test_host_has_bounds_of_its_own():
+    """A thin model's step may cost 2 % with few stages and 5 % with many."""
+    met = verdicts(host.summarise({"groups-1": machinery_wave(1.2, 0.104)}))
+    keep_all, many = (f"thin model, {name}, over stock" for name in (machinery.KEEP_ALL, MANY))
+    assert met[f"decode step, {many}"] and met[f"decode step, {keep_all}"]
+    assert f"prefill, {many}" not in met and met[f"prefill, {keep_all}"]
+    met = verdicts(host.summarise({"groups-1": machinery_wave(decode_s=0.106)}))
+    assert not met[f"decode step, {many}"] and not met[f"text decode step, {many}"]
+
+
+def reuse_wave(routed_s):
+    """Two prompts of 100 tokens, 64 of them visual; 32 of each in stock's cache, 30 in the other's."""
+    cached = {"each_s": [1, 1], "cached": 64, "cached_text": 0, "prompt_tokens": 200}
+    return {
+        "visual": 64,
+        "engines": {
+            STOCK: engine(kept=[[8, 64]], first_token_s=1.0, **cached),
+            "pdrop reroute 64": engine(
+                kept=[[2, 64], [6, 10]], first_token_s=routed_s, **cached | {"cached": 60}
+            ),
+        },
+    }
+
+
+def test_layer_passes_by_hand():
+    """Two layers run what is not cached; six run all text and what was kept."""
+    found = reuse.summarise({"chat": reuse_wave(1.06)})
+    stock, routed = found["rows"]
+    assert stock["layer_passes"] == 1
+    assert routed["layer_passes"] == pytest.approx((2 * 140 + 6 * (200 - 2 * 54)) / (8 * 136))
+    assert list(verdicts(found).values()) == [False]
 
 
 def capacity_wave(in_flight):
@@ -235,6 +272,8 @@ ALL_PARTS = {
     "serving.load": load_wave({1: 2.0, 2: 0.5}),
     "capacity.pool": capacity_wave(19),
     "machinery.groups-1": machinery_wave(),
+    "host.groups-1": machinery_wave(),
+    "reuse.chat": reuse_wave(1.0),
     "scaling.images-and-batch": scaling_wave(),
 }
 
@@ -253,7 +292,15 @@ def write_waves(folder, waves, **identity):
 def test_the_whole_report(tmp_path):
     write_waves(tmp_path / "waves", ALL_PARTS)
     found = report.collect(tmp_path / "waves") | {"not_finished": {}}
-    assert list(found["parts"]) == ["prefill", "machinery", "serving", "capacity", "scaling"]
+    assert list(found["parts"]) == [
+        "prefill",
+        "reuse",
+        "machinery",
+        "host",
+        "serving",
+        "capacity",
+        "scaling",
+    ]
     assert found["missed"] == 1
     paths = report.write(found, tmp_path)
     text = (tmp_path / "bench.md").read_text()

@@ -10,12 +10,22 @@ draw(found, folder): its plots.
 
 from types import ModuleType
 
-from benchmarks.bench.parts import capacity, machinery, prefill, reference, reuse, scaling, serving
+from benchmarks.bench.parts import (
+    capacity,
+    host,
+    machinery,
+    prefill,
+    reference,
+    reuse,
+    scaling,
+    serving,
+)
 
 PARTS: dict[str, ModuleType] = {
     "prefill": prefill,
     "reuse": reuse,
     "machinery": machinery,
+    "host": host,
     "serving": serving,
     "capacity": capacity,
     "reference": reference,

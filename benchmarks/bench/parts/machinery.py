@@ -42,7 +42,7 @@ def waves(settings: Settings, progress: Progress) -> dict[str, Callable[[], dict
     specs.append(EngineSpec(name=SAVES, options={"schedule": "pdrop", "tier": 192}))
     found = {}
     for number, wave in enumerate(chunked([EngineSpec(name=STOCK)], specs, settings.at_once)):
-        found[f"groups-{number + 1}"] = partial(_measure, settings, model, wave, progress)
+        found[f"groups-{number + 1}"] = partial(measure, settings, model, wave, progress)
     return found
 
 
@@ -57,9 +57,10 @@ def keep_nearly_all(groups: int, depth: int, num_visual: int) -> dict:
     return {"layers": layers, "keep": keep}
 
 
-def _measure(
+def measure(
     settings: Settings, model: BenchModel, specs: list[EngineSpec], progress: Progress
 ) -> dict:
+    """An image request and a batch of text requests, by every engine in turn."""
     sizes = settings.sizes
     image = Workload(answer_tokens=1 + sizes.decode_tokens)
     # Short enough for all of them to fit one dense image request's pool.
@@ -78,6 +79,12 @@ def _measure(
 
 
 def summarise(measured: Mapping[str, dict]) -> dict:
+    rows = rows_of(measured)
+    return {"rows": rows, "targets": list(_targets(rows))}
+
+
+def rows_of(measured: Mapping[str, dict]) -> list[dict]:
+    """One row for every engine, stock's once."""
     rows = []
     for wave in measured.values():
         stock = wave["engines"][STOCK]
@@ -85,7 +92,7 @@ def summarise(measured: Mapping[str, dict]) -> dict:
             if engine == STOCK and rows:
                 continue
             rows.append({"engine": engine, "groups": about["groups"], **_against(stock, about)})
-    return {"rows": rows, "targets": list(_targets(rows))}
+    return rows
 
 
 def _against(stock: Mapping, about: Mapping) -> dict:
@@ -128,12 +135,16 @@ def _targets(rows: list[dict]) -> Iterator[dict]:
 def markdown(found: dict) -> Iterator[str]:
     yield f"![Decode step against KV groups]({PLOT})\n"
     yield READING + "\n"
+    yield from table(found["rows"])
+
+
+def table(rows: list[dict]) -> Iterator[str]:
     yield (
         "| engine | KV groups | first token, ms | decode step, ms | prefill / stock | decode / stock "
         "| text / stock | text decode / stock |"
     )
     yield "|---|---|---|---|---|---|---|---|"
-    for row in found["rows"]:
+    for row in rows:
         ratios = " | ".join(
             shown(row[key], digits=3) for key in ("prefill", "decode", "text", "text_decode")
         )

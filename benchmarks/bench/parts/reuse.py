@@ -22,16 +22,13 @@ CONFIGURATIONS = {
 }
 STEP_TOKENS = 2048
 OTHERS = 4
-NAMES = {
-    "chat": "five turns about one picture, sum",
-    "system": "new picture behind an 800-token system prompt",
-    "again": "same picture, another question",
-}
 READING = """\
 All engines have vLLM's prefix cache and processor cache on, as users run them. Times to first token over stock's in the
 same round, below 1 is faster. A turn of a chat is the conversation so far, with the engine's own answers of 32 tokens,
 and a new question. Answers of routed engines differ from stock's, pictures and words do not. *Cached* is the share of
-prompt tokens read from the cache."""
+prompt tokens read from the cache. *Layer passes* is arithmetic, not measured: how many times a token runs through a
+decoder layer, over stock's: every question ranks the picture anew, so text behind it and what is kept of it run the
+later stages again."""
 LONG_READING = """\
 A prompt of {visual} visual tokens arrives while {others} requests decode; a step holds {step} tokens. Steps are those
 from its arrival to its first token: what the others wait between two of their tokens."""
@@ -65,9 +62,10 @@ def _measure(settings: Settings, traffic: Traffic, progress: Progress) -> dict:
             progress,
         )
     return {
+        "visual": model.visual,
         "engines": {
             spec.name: spec.about(model) | {"samples": samples[spec.name]} for spec in specs
-        }
+        },
     }
 
 
@@ -104,9 +102,9 @@ def _measure_long(settings: Settings, progress: Progress) -> dict:
 
 def summarise(measured: Mapping[str, dict]) -> dict:
     rows, long_rows = [], []
-    for kind, name in NAMES.items():
-        if kind in measured:
-            rows += _traffic_rows(kind, name, measured[kind])
+    for traffic in TRAFFIC:
+        if traffic.kind in measured:
+            rows += _traffic_rows(traffic, measured[traffic.kind])
     if "long" in measured:
         long_rows = _long_rows(measured["long"])
     return {
@@ -117,23 +115,40 @@ def summarise(measured: Mapping[str, dict]) -> dict:
     }
 
 
-def _traffic_rows(kind: str, name: str, wave: Mapping) -> list[dict]:
+def _traffic_rows(traffic: Traffic, wave: Mapping) -> list[dict]:
     stock = column(wave["engines"][STOCK], "first_token_s")
+    dense_passes = layer_passes(wave["engines"][STOCK], wave["visual"])
     rows = []
     for engine, about in wave["engines"].items():
         own = column(about, "first_token_s")
         cached = [s["cached"] / s["prompt_tokens"] for s in about["samples"]]
         rows.append(
             {
-                "kind": kind,
-                "traffic": name,
+                "kind": traffic.kind,
+                "traffic": traffic.name,
                 "engine": engine,
                 "seconds": Spread.of(own).as_row(),
                 "over_stock": Spread.of(paired(own, stock)).as_row(),
                 "cached": Spread.of(cached).as_row(),
+                "layer_passes": layer_passes(about, wave["visual"]) / dense_passes,
             }
         )
     return rows
+
+
+def layer_passes(about: Mapping, visual: int) -> float:
+    """Token times layer of an engine's requests, mean over rounds; see READING.
+
+    visual: tokens of the one picture every request has.
+    """
+    (first, _), *later = about["kept"]
+    passes = 0
+    for sample in about["samples"]:
+        passes += first * (sample["prompt_tokens"] - sample["cached"])
+        for layers, kept in later:
+            anew = sample["prompt_tokens"] - sample["cached_text"]
+            passes += layers * (anew - len(sample["each_s"]) * (visual - kept))
+    return passes / len(about["samples"])
 
 
 def _long_rows(wave: Mapping) -> list[dict]:
@@ -177,12 +192,12 @@ def _long_targets(rows: list[dict]) -> Iterator[dict]:
 def markdown(found: dict) -> Iterator[str]:
     if found["rows"]:
         yield READING + "\n"
-        yield "| traffic | engine | first token, ms | over stock | cached |"
-        yield "|---|---|---|---|---|"
+        yield "| traffic | engine | first token, ms | over stock | layer passes | cached |"
+        yield "|---|---|---|---|---|---|"
         for row in found["rows"]:
             yield (
                 f"| {row['traffic']} | {row['engine']} | {shown(row['seconds'], 1000, 0)} | "
-                f"{shown(row['over_stock'])} | {shown(row['cached'])} |"
+                f"{shown(row['over_stock'])} | {row['layer_passes']:.2f} | {shown(row['cached'])} |"
             )
     if found["long"]:
         yield (
