@@ -86,23 +86,23 @@ def shared_prefix_hits(llm: Any) -> tuple[list[list[int]], int]:
     return tokens, cached
 
 
-def test_text_prefix_caching_works_and_changes_nothing(host: EngineHost, models: Any) -> None:
-    host.engine(**engine_args(models["grouped"], OPTIONS, enable_prefix_caching=True))
-    tokens, cached = host.call(shared_prefix_hits)
+def test_text_prefix_caching_works_and_changes_nothing(v1: EngineHost, models: Any) -> None:
+    v1.engine(**engine_args(models["grouped"], OPTIONS, enable_prefix_caching=True))
+    tokens, cached = v1.call(shared_prefix_hits)
     assert cached > 100 and cached % 32 == 0
-    host.engine(**engine_args(models["grouped"], OPTIONS, enable_prefix_caching=False))
-    assert host.call(shared_prefix_hits) == (tokens, 0)
+    v1.engine(**engine_args(models["grouped"], OPTIONS, enable_prefix_caching=False))
+    assert v1.call(shared_prefix_hits) == (tokens, 0)
 
 
 def test_image_after_cached_text_prefix_is_exact(
-    host: EngineHost, models: Any, oracles: OracleAnswers
+    v1: EngineHost, models: Any, oracles: OracleAnswers
 ) -> None:
     """An image request whose text prefix and image are cached decides as if nothing were."""
     prefix = "SYSTEM: " + "First count what lies above, below and around each object. " * 6
     asks = [replace(ask, text=prefix + ask.text) for ask in (ONE_IMAGE, ONE_IMAGE, OTHER_IMAGE)]
-    host.engine(**engine_args(models["grouped"], OPTIONS, enable_prefix_caching=True))
+    v1.engine(**engine_args(models["grouped"], OPTIONS, enable_prefix_caching=True))
     for ask in asks:
-        (answer,) = host.call(generate, [ask])
+        (answer,) = v1.call(generate, [ask])
         oracles.check("grouped", SCHEDULE, ask, answer)
 
 
@@ -121,13 +121,13 @@ def live_blocks(llm: Any, ask: Ask, steps: int) -> tuple[int, int, int]:
     return held, computed, free_blocks(llm)
 
 
-def test_live_request_holds_no_blocks_for_deferred_tokens(host: EngineHost, models: Any) -> None:
+def test_live_request_holds_no_blocks_for_deferred_tokens(v1: EngineHost, models: Any) -> None:
     """Counted blocks are those of text + kept tokens; an abort gives every one back."""
-    host.engine(**engine_args(models["grouped"], OPTIONS))
-    before = host.call(free_blocks)
+    v1.engine(**engine_args(models["grouped"], OPTIONS))
+    before = v1.call(free_blocks)
     for ask, num_images in ((ONE_IMAGE, 1), (TWO_IMAGES, 2), (TEXT_ONLY, 0)):
         long = replace(ask, max_tokens=60)
-        held, computed, after = host.call(live_blocks, long, 40)
+        held, computed, after = v1.call(live_blocks, long, 40)
         footprint = RequestFootprint(
             schedule=SCHEDULE,
             num_visual=64 * num_images,
@@ -145,10 +145,10 @@ def samples(llm: Any) -> list[list[int]]:
     return [list(completion.token_ids) for completion in output.outputs]
 
 
-def test_several_samples_of_one_image_request(host: EngineHost, models: Any) -> None:
-    host.engine(**engine_args(models["grouped"], OPTIONS))
-    before = host.call(free_blocks)
-    first, again = host.call(samples), host.call(samples)
+def test_several_samples_of_one_image_request(v1: EngineHost, models: Any) -> None:
+    v1.engine(**engine_args(models["grouped"], OPTIONS))
+    before = v1.call(free_blocks)
+    first, again = v1.call(samples), v1.call(samples)
     assert first == again
     assert len({tuple(tokens) for tokens in first}) == 3
-    assert host.call(free_blocks) == before
+    assert v1.call(free_blocks) == before

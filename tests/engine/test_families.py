@@ -14,11 +14,13 @@ from tests.engine.family_requests import FamilyAsk, processor
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
 from tests.engine.probes import generate, generate_one_by_one, kv_lens, stepwise
+from tests.engine.runners import on_runners
 from vllm_reroute.schedule import RerouteOptions
 
 DEPTH = 8
 WITH_VIDEO = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision")
 FAMILIES = (*WITH_VIDEO, "llava-next")
+EVERY = {family: [family] for family in FAMILIES}
 # Ratios fall and rise again. Qwen3-VL's deepstack is in at layer 2, where the published one starts.
 REROUTE = {"layers": [3, 4, 6], "keep": [0.5, 0.2, 0.35]}
 REMOVE = {"schedule": "pdrop", "action": "remove", "tier": 128}
@@ -70,7 +72,7 @@ def check(
         oracles.check(family, schedule, ask, answer)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@on_runners("family", EVERY, v2=["llava-next", "llava-onevision", "qwen2-vl"])
 def test_rerouted_family_agrees_with_oracle(
     host: EngineHost, folders: dict[str, Path], oracles: OracleAnswers, family: str
 ) -> None:
@@ -90,7 +92,7 @@ def test_removing_family_agrees_with_oracle(
         assert lens == oracles.result(family, schedule, ask, prompt).kv_lens
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@on_runners("family", EVERY, v2=["qwen2.5-vl", "qwen3-vl"])
 def test_family_in_chunks_and_from_the_cache_agrees_with_oracle(
     host: EngineHost, folders: dict[str, Path], oracles: OracleAnswers, family: str
 ) -> None:

@@ -24,6 +24,7 @@ from tests.engine.requests import (
     TWO_IMAGES,
     Answer,
 )
+from tests.engine.runners import on_runners
 from tests.engine.test_continuous_batching import live_blocks
 from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
 from vllm_reroute.schedule.footprint import RequestFootprint
@@ -101,8 +102,11 @@ def check_decisions(schedule: RoutingSchedule, sizes: list[int], answer: Answer)
         assert all(selected <= first for selected in later)
 
 
-@pytest.mark.parametrize("model", [LLAVA, QWEN])
-@pytest.mark.parametrize("options", KINDS, ids=label)
+@on_runners(
+    "model, options",
+    {f"{label(kind)}-{model}": [model, kind] for kind in KINDS for model in (LLAVA, QWEN)},
+    v2=["nuwa-remove-192-qwen2.5-vl", "nuwa-B-192-llava-1.5"],
+)
 def test_a_mixed_batch_answers_as_the_oracle_and_as_each_request_alone(
     host: EngineHost,
     folders: dict[str, Path],
@@ -127,8 +131,15 @@ def test_a_mixed_batch_answers_as_the_oracle_and_as_each_request_alone(
     assert host.call(free_blocks) == before
 
 
-@pytest.mark.parametrize("model", [LLAVA, QWEN])
-@pytest.mark.parametrize("options", [KINDS[0], KINDS[3]], ids=label)
+@on_runners(
+    "model, options",
+    {
+        f"{label(kind)}-{model}": [model, kind]
+        for kind in (KINDS[0], KINDS[3])
+        for model in (LLAVA, QWEN)
+    },
+    v2=["nuwa-B-192-qwen2.5-vl"],
+)
 def test_chunks_and_cached_embeddings_change_no_answer(
     host: EngineHost,
     folders: dict[str, Path],
@@ -167,7 +178,7 @@ def encoded_images(llm: Any, ask: Any, times: int) -> tuple[list[Any], int]:
     return answers, encoded
 
 
-@pytest.mark.parametrize("model", [LLAVA, QWEN])
+@on_runners("model", {LLAVA: [LLAVA], QWEN: [QWEN]}, v2=[QWEN])
 def test_an_image_of_the_encoder_cache_decides_as_a_fresh_one(
     host: EngineHost, folders: dict[str, Path], model: str
 ) -> None:
@@ -182,14 +193,14 @@ def test_an_image_of_the_encoder_cache_decides_as_a_fresh_one(
 
 @pytest.mark.parametrize("model", [LLAVA, QWEN])
 def test_no_layer_holds_blocks_for_a_rejected_token(
-    host: EngineHost, folders: dict[str, Path], model: str
+    v1: EngineHost, folders: dict[str, Path], model: str
 ) -> None:
     """From layer 0 on: text and anchors, then text and the kept ones; an abort frees them all."""
-    host.engine(**engine_args(folders[model], CHEAP))
-    before = host.call(free_blocks)
+    v1.engine(**engine_args(folders[model], CHEAP))
+    before = v1.call(free_blocks)
     for ask in requests(model, folders[model])[:3]:
         sizes = image_sizes(folders[model], ask)
-        held, computed, after = host.call(live_blocks, replace(ask, max_tokens=60), 40)
+        held, computed, after = v1.call(live_blocks, replace(ask, max_tokens=60), 40)
         footprint = RequestFootprint(
             schedule=schedule_of(CHEAP),
             num_visual=sum(sizes),
@@ -202,19 +213,19 @@ def test_no_layer_holds_blocks_for_a_rejected_token(
         assert after == before
 
 
-def test_preempted_requests_repeat_their_decisions(host: EngineHost, folders: Any) -> None:
+def test_preempted_requests_repeat_their_decisions(v1: EngineHost, folders: Any) -> None:
     """In a pool too small for all, images are decided on again, from the encoder or its cache."""
     asks = tuple(
         replace(ask, text=f"SYSTEM: {'be kind ' * more}{ask.text}", max_tokens=96)
         for more in (1, 3)
         for ask in MIXED
     )
-    host.engine(**engine_args(folders[LLAVA], CHEAP))
-    seen = host.call(stepwise, asks, every=1)
+    v1.engine(**engine_args(folders[LLAVA], CHEAP))
+    seen = v1.call(stepwise, asks, every=1)
     # K and V of 32 tokens, 2 heads of 32 values, fp32: a block of one layer.
     pool = 220 * 32 * 2 * 2 * 32 * 4
-    host.engine(**engine_args(folders[LLAVA], CHEAP, kv_cache_memory_bytes=pool, max_model_len=480))
-    again = host.call(stepwise, asks, every=1)
+    v1.engine(**engine_args(folders[LLAVA], CHEAP, kv_cache_memory_bytes=pool, max_model_len=480))
+    again = v1.call(stepwise, asks, every=1)
     assert again["preempted"] >= 2
     assert [again[what] for what in ("tokens", "decisions")] == [seen["tokens"], seen["decisions"]]
 

@@ -14,6 +14,7 @@ from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import LOGPROB_TOLERANCE, OracleAnswers
 from tests.engine.probes import generate, generate_one_by_one, runner_name
 from tests.engine.requests import MIXED, SCENES, Ask, SceneAsk, scene_questions
+from tests.engine.runners import on_runners
 from vllm_reroute.schedule import RerouteOptions
 
 # Of the seeded models, and of the trained one, for whose depth the schedules were published.
@@ -51,9 +52,16 @@ def label(options: dict[str, Any]) -> str:
     return "-".join(str(v).replace(" ", "") for v in options.values())
 
 
-# The oracle's answers serve both runners.
-@pytest.mark.parametrize(
-    ("model", "depth", "options", "asks"), CASES, ids=[f"{c[0]}-{label(c[2])}" for c in CASES]
+@on_runners(
+    "model, depth, options, asks",
+    {f"{case[0]}-{label(case[2])}": case for case in CASES},
+    v2=[
+        "grounding-fastv-remove-64",
+        "grounding-pdrop-reroute-128",
+        "grouped-[1,3,6]-[0.5,0.1,0.8]",
+        "grouped-[1,3,6]-[0.5,0.1,0.8]-remove",
+        "grouped-[1,3,6]-[0.4,1.0,0.2]-accumulated",
+    ],
 )
 def test_schedule_agrees_with_oracle(
     host: EngineHost,
@@ -89,19 +97,19 @@ def test_the_trained_model_answers_its_questions(v1: EngineHost, models: Any) ->
 
 @pytest.mark.parametrize("decoder", ["multi-head", "mistral", "qwen2"])
 def test_other_decoders_agree_with_oracle(
-    host: EngineHost, models: Any, oracles: OracleAnswers, decoder: str
+    v1: EngineHost, models: Any, oracles: OracleAnswers, decoder: str
 ) -> None:
     """Every head its own keys; Mistral; Qwen2 with its biases."""
     options = {"schedule": "pdrop", "tier": 128}
     schedule = RerouteOptions.from_mapping(options).resolve(DEPTH)
-    host.engine(**engine_args(models[decoder], options))
-    for ask, answer in zip(MIXED, host.call(generate, MIXED), strict=True):
+    v1.engine(**engine_args(models[decoder], options))
+    for ask, answer in zip(MIXED, v1.call(generate, MIXED), strict=True):
         oracles.check(decoder, schedule, ask, answer)
 
 
-def test_batch_does_not_change_an_answer(host: EngineHost, models: Any) -> None:
-    host.engine(**engine_args(models["grouped"], {"schedule": "pdrop", "tier": 64}))
-    together, alone = host.call(generate, MIXED), host.call(generate_one_by_one, MIXED)
+def test_batch_does_not_change_an_answer(v1: EngineHost, models: Any) -> None:
+    v1.engine(**engine_args(models["grouped"], {"schedule": "pdrop", "tier": 64}))
+    together, alone = v1.call(generate, MIXED), v1.call(generate_one_by_one, MIXED)
     for one, other in zip(together, alone, strict=True):
         assert one.token_ids == other.token_ids
         assert one.selected == other.selected

@@ -20,6 +20,7 @@ from tests.engine.requests import (
     TWO_IMAGES,
     Ask,
 )
+from tests.engine.runners import on_runners
 from vllm_reroute.schedule import RerouteOptions
 
 BLOCK = 32
@@ -72,7 +73,7 @@ def check_seen(oracles: OracleAnswers, options: dict[str, Any], asks: Any, seen:
             assert seen["decisions"][len(prompt)] == expected.selected
 
 
-@pytest.mark.parametrize("options", [OPTIONS, REMOVE], ids=["reroute", "remove"])
+@on_runners("options", {"reroute": [OPTIONS], "remove": [REMOVE]}, v2=["reroute"])
 def test_prompts_longer_than_a_step_run_in_chunks(
     host: EngineHost, models: Any, oracles: OracleAnswers, options: dict[str, Any]
 ) -> None:
@@ -85,17 +86,17 @@ def test_prompts_longer_than_a_step_run_in_chunks(
     assert seen["free"] == before
 
 
-def test_chunks_without_a_prefix_cache(
-    host: EngineHost, models: Any, oracles: OracleAnswers
-) -> None:
-    host.engine(**small(models, OPTIONS, enable_prefix_caching=False))
-    answers = host.call(generate, CHAT)
+def test_chunks_without_a_prefix_cache(v1: EngineHost, models: Any, oracles: OracleAnswers) -> None:
+    v1.engine(**small(models, OPTIONS, enable_prefix_caching=False))
+    answers = v1.call(generate, CHAT)
     check(oracles, OPTIONS, CHAT, answers)
     assert all(answer.num_cached == 0 for answer in answers)
 
 
-@pytest.mark.parametrize(
-    ("options", "step"), [(OPTIONS, 600), (OPTIONS, 48), (REMOVE, 600)], ids=str
+@on_runners(
+    "options, step",
+    {"whole": [OPTIONS, 600], "chunks": [OPTIONS, 48], "remove": [REMOVE, 600]},
+    v2=["chunks"],
 )
 def test_what_is_cached_changes_no_answer(
     host: EngineHost, models: Any, oracles: OracleAnswers, options: dict[str, Any], step: int
@@ -149,10 +150,10 @@ def reset_between(llm: Any, asks: Any) -> list[Any]:
     return answers + generate(llm, asks)
 
 
-def test_the_cache_can_be_reset(host: EngineHost, models: Any, oracles: OracleAnswers) -> None:
+def test_the_cache_can_be_reset(v1: EngineHost, models: Any, oracles: OracleAnswers) -> None:
     asks = CHAT[:3]
-    host.engine(**small(models, OPTIONS, max_num_batched_tokens=600))
-    answers = host.call(reset_between, asks)
+    v1.engine(**small(models, OPTIONS, max_num_batched_tokens=600))
+    answers = v1.call(reset_between, asks)
     check(oracles, OPTIONS, asks * 2, answers)
     assert [answer.num_cached for answer in answers[:3]] == [0, 0, 0]
 
@@ -167,9 +168,9 @@ def salted(llm: Any, ask: Ask, salts: list[str]) -> list[int]:
     return cached
 
 
-def test_a_cache_salt_keeps_requests_apart(host: EngineHost, models: Any) -> None:
-    host.engine(**small(models, OPTIONS, max_num_batched_tokens=600))
-    first, other, again = host.call(salted, CHAT[0], ["one", "two", "one"])
+def test_a_cache_salt_keeps_requests_apart(v1: EngineHost, models: Any) -> None:
+    v1.engine(**small(models, OPTIONS, max_num_batched_tokens=600))
+    first, other, again = v1.call(salted, CHAT[0], ["one", "two", "one"])
     assert first == other == 0 and again >= 4 * BLOCK
 
 
@@ -188,25 +189,25 @@ def held_during_prefill(llm: Any, ask: Ask) -> list[int]:
     return held
 
 
-def test_parked_pages_are_held_until_the_decisions_only(host: EngineHost, models: Any) -> None:
+def test_parked_pages_are_held_until_the_decisions_only(v1: EngineHost, models: Any) -> None:
     """Whole prompts without a prefix cache need none at all."""
     ask = replace(TWO_IMAGES, max_tokens=30)
-    host.engine(**small(models, OPTIONS, enable_prefix_caching=False))
-    in_chunks = host.call(held_during_prefill, ask)
+    v1.engine(**small(models, OPTIONS, enable_prefix_caching=False))
+    in_chunks = v1.call(held_during_prefill, ask)
     assert in_chunks[0] > 0 and max(in_chunks) >= 4 and in_chunks[-1] == 0
-    host.engine(**small(models, OPTIONS, enable_prefix_caching=False, max_num_batched_tokens=600))
-    assert host.call(held_during_prefill, ask) == [0] * 12
+    v1.engine(**small(models, OPTIONS, enable_prefix_caching=False, max_num_batched_tokens=600))
+    assert v1.call(held_during_prefill, ask) == [0] * 12
 
 
 @pytest.mark.parametrize(
     "limit", [{"long_prefill_token_threshold": 40}, {"max_num_scheduled_tokens": 40}], ids=str
 )
 def test_limits_of_a_step_are_honoured(
-    host: EngineHost, models: Any, oracles: OracleAnswers, limit: dict[str, int]
+    v1: EngineHost, models: Any, oracles: OracleAnswers, limit: dict[str, int]
 ) -> None:
     asks = (ONE_IMAGE, TWO_IMAGES, TEXT_ONLY, LONG_TEXT, OTHER_IMAGE)
-    host.engine(**small(models, OPTIONS, max_num_batched_tokens=400, **limit))
-    check(oracles, OPTIONS, asks, host.call(generate, asks))
+    v1.engine(**small(models, OPTIONS, max_num_batched_tokens=400, **limit))
+    check(oracles, OPTIONS, asks, v1.call(generate, asks))
 
 
 def sampled(llm: Any, asks: Any) -> list[list[int]]:

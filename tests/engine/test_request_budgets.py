@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytest
-
 from tests.engine.conftest import engine_args
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
 from tests.engine.probes import free_blocks, generate, generate_one_by_one, stepwise
 from tests.engine.requests import LONG_TEXT, ONE_IMAGE, OTHER_IMAGE, TEXT_ONLY, TWO_IMAGES, Ask
+from tests.engine.runners import on_runners
 from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
 from vllm_reroute.schedule.request_options import RequestOptions
 
@@ -59,8 +58,16 @@ def schedule_of(options: dict[str, Any], ask: Ask) -> RoutingSchedule:
     return replace(schedule, keep=chosen.keep_ratios(schedule)) if chosen else schedule
 
 
-@pytest.mark.parametrize("options", [REROUTE, REMOVE], ids=["reroute", "remove"])
-@pytest.mark.parametrize("step", [1200, 48], ids=["whole", "chunks"])
+@on_runners(
+    "options, step",
+    {
+        "reroute-whole": [REROUTE, 1200],
+        "reroute-chunks": [REROUTE, 48],
+        "remove-whole": [REMOVE, 1200],
+        "remove-chunks": [REMOVE, 48],
+    },
+    v2=["reroute-chunks"],
+)
 def test_every_request_of_a_batch_has_its_own_budget(
     host: EngineHost, models: Any, oracles: OracleAnswers, options: dict[str, Any], step: int
 ) -> None:
@@ -96,13 +103,13 @@ def test_preempted_requests_keep_their_budgets(
         assert tokens == expected.token_ids
 
 
-def test_none_equals_stock_vllm(host: EngineHost, models: Any) -> None:
+def test_none_equals_stock_vllm(v1: EngineHost, models: Any) -> None:
     asks = [
         replace(ask, options={"extra_args": {"reroute_schedule": "none"}})
         for ask in (ONE_IMAGE, TWO_IMAGES)
     ]
-    host.engine(**engine_args(models["grouped"], None, block_size=32))
-    stock = host.call(generate, [replace(ask, options={}) for ask in asks])
-    host.engine(**engine_args(models["grouped"], REROUTE, block_size=32))
-    for one, other in zip(stock, host.call(generate, asks), strict=True):
+    v1.engine(**engine_args(models["grouped"], None, block_size=32))
+    stock = v1.call(generate, [replace(ask, options={}) for ask in asks])
+    v1.engine(**engine_args(models["grouped"], REROUTE, block_size=32))
+    for one, other in zip(stock, v1.call(generate, asks), strict=True):
         assert one.token_ids == other.token_ids

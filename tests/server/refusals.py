@@ -59,7 +59,14 @@ def messages(picture: str, **options: Any) -> dict[str, Any]:
     return {"model": MODEL_NAME, "max_tokens": 4, "messages": turns, **options}
 
 
+def batch(picture: str, **options: Any) -> dict[str, Any]:
+    """Two conversations about it, for /v1/chat/completions/batch."""
+    body = chat(picture, **options)
+    return body | {"messages": [body["messages"]] * 2}
+
+
 CHAT = "/v1/chat/completions"
+BATCH = f"{CHAT}/batch"
 MAKERS = {
     CHAT: chat,
     "/v1/responses": responses,
@@ -126,6 +133,11 @@ def check_refusals(url: str, **headers: str) -> None:
         for path, make in MAKERS.items():
             status, text = post(url + path, make(picture), **headers)
             assert status == 200, (name, stream, path, text)
+    picture = new_picture()
+    status, text = post(url + BATCH, batch(picture, **ENDS_WITH_IMAGE), **headers)
+    assert (status, REFUSED["ends-with-image"].cure in text) == (400, True), (status, text)
+    status, text = post(url + BATCH, batch(picture), **headers)
+    assert status == 200 and len(json.loads(text)["choices"]) == 2, (status, text)
 
 
 def check_refusals_at_once(url: str) -> None:

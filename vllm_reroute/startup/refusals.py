@@ -85,7 +85,7 @@ REFUSALS = (
     _unset("ec_transfer_config", "it has not been tested with routing"),
     _unset("enable_dbo", "a decision cannot be split over two micro-batches"),
     _only("ubatch_size", 0, "a decision cannot be split over micro-batches"),
-    _unset("disable_hybrid_kv_cache_manager", "every keep ratio is a KV cache group of its own"),
+    _unset("disable_hybrid_kv_cache_manager", "every stage is a KV cache group of its own"),
     _unset("kv_sharing_fast_prefill", "deferred tokens already skip layers"),
     Refusal(
         option="enable_lora",
@@ -176,6 +176,6 @@ def check_config(vllm_config: VllmConfig) -> None:
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(
             "vLLM has switched its hybrid KV cache manager off for this configuration, but every "
-            "keep ratio is a KV cache group of its own. Remove the option that vLLM's log names "
+            "stage is a KV cache group of its own. Remove the option that vLLM's log names "
             "for it, or serve without --reroute-schedule."
         )
