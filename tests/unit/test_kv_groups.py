@@ -7,10 +7,7 @@ import pytest
 import torch
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import (
-    get_kv_cache_configs,
-    get_kv_cache_groups,
     get_max_concurrency_for_kv_cache_config,
-    is_kv_cache_spec_uniform,
     resolve_kv_cache_block_sizes,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
@@ -20,6 +17,7 @@ from vllm_reroute.schedule import RerouteOptions
 from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
 from vllm_reroute.schedule.published import ACTIONS, SCHEDULES, TIERS
 
+from .kv_planning import get_kv_cache_configs, get_kv_cache_groups, is_kv_cache_spec_uniform
 from .parts import layer_specs
 
 PUBLISHED = [(name, action, tier) for name in SCHEDULES for action in ACTIONS for tier in TIERS]
