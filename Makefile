@@ -25,7 +25,7 @@ GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # Nothing here talks to a model hub, and nothing reports usage.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
-.PHONY: help setup demo quality bench test serve lint
+.PHONY: help setup demo quality bench test serve dist lint
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -50,10 +50,17 @@ test: $(READY) ## run the tests (ARGS="-k name" for some of them; VLLM=0.33 for 
 serve: $(READY) ## serve the demo's model, for example ARGS="--reroute-schedule pdrop --port 8000"
 	@$(OFFLINE) $(BIN)/vllm serve benchmarks/grounding/model --max-model-len 2048 $(ARGS)
 
-lint: $(READY) ## check style
-	@$(BIN)/ruff check .
+dist: $(READY) ## build wheel and sdist under .local/dist, install each in an empty environment, run the command there
+	@$(BIN)/python -m build --outdir .local/dist .
+	@for made in .local/dist/*.whl .local/dist/*.tar.gz; do \
+	  rm -rf .local/dist/try && $(PYTHON) -m venv .local/dist/try && \
+	  .local/dist/try/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $$made && \
+	  .local/dist/try/bin/vllm-reroute --version && .local/dist/try/bin/vllm-reroute schedules > /dev/null || exit 1; done
 
-$(READY): setup.py $(wildcard cpu_env/*.py cpu_env/*.pth)
+lint: $(READY) ## check style
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+$(READY): pyproject.toml $(wildcard cpu_env/*.py cpu_env/*.pth)
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "[1/3] creating $(VENV) with $$($(PYTHON) --version) (about ten seconds)"
 	@$(PYTHON) -m venv $(VENV) || { echo "This Python has no venv module. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }

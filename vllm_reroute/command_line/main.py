@@ -6,7 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from vllm_reroute import __version__
 from vllm_reroute.command_line.calibrate import add_calibrate
+from vllm_reroute.command_line.doctor import add_doctor
 from vllm_reroute.command_line.explain import add_explain
 from vllm_reroute.command_line.predictions import Hardware, prediction_lines
 from vllm_reroute.families.short_names import resolve_model
@@ -41,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="vllm-reroute",
         description="Look at visual-token routing schedules for vLLM, fit them, and see what one does.",
     )
+    parser.add_argument("--version", action="version", version=f"vllm-reroute {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan = commands.add_parser(
         "plan",
@@ -80,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     schedules.set_defaults(run=_schedules)
     models = commands.add_parser("models", help="models that can be routed, with short names")
     models.set_defaults(run=_models)
+    add_doctor(commands)
     return parser
 
 
