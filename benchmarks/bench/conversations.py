@@ -3,7 +3,7 @@
 import itertools
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,17 @@ _WORDS = ("lamp", "door", "count", "above", "below", "inside", "picture", "red",
 class Traffic:
     """What is asked, one request after the other.
 
-    system: words of text before everything. turns: of the conversation about one picture, answered
-    with `answer_tokens` each. name: in reports. pictures: new ones, each behind the system text, after one more that
-    brings that text into the cache. questions: about one picture, after a first one.
+    name: in reports. system: words of text before everything. turns: of a conversation, answered with
+    `answer_tokens` each. picture_every: turns after which a new picture comes, 0 for one only.
+    pictures: new ones, each behind the system text, after one more that brings that text into the
+    cache. questions: about one picture, after a first one.
     """
 
     kind: str
     name: str
     system: int = 0
     turns: int = 1
+    picture_every: int = 0
     pictures: int = 0
     questions: int = 0
     answer_tokens: int = 32
@@ -50,17 +52,18 @@ def converse(state: dict, traffic: Traffic, seed: int) -> dict:
     """Runs the traffic from an empty cache.
 
     first_token_s: sum of the times to first token of the requests that count; each_s: one by one.
+    held_blocks: K/V blocks of the last one while it was answered.
     cached: tokens they read from the cache, of which cached_text lie before the picture;
     prompt_tokens: of all of them. seed: other pictures and words every time.
     """
     llm = state["llm"]
     assert llm.reset_prefix_cache(), "no request is running"
     rng = random.Random(seed)
-    run = _RUNS[traffic.kind]
-    counted = run(llm, traffic, rng)
+    counted = _run_of(traffic)(llm, traffic, rng)
     return {
         "first_token_s": sum(one["first_token_s"] for one in counted),
         "each_s": [one["first_token_s"] for one in counted],
+        "held_blocks": counted[-1]["held_blocks"],
         **{
             key: sum(one[key] for one in counted)
             for key in ("cached", "cached_text", "prompt_tokens")
@@ -68,16 +71,65 @@ def converse(state: dict, traffic: Traffic, seed: int) -> dict:
     }
 
 
+class Conversation:
+    """One conversation as the engine is asked about it: tokens and pictures so far."""
+
+    def __init__(self, llm: Any, traffic: Traffic, rng: random.Random) -> None:
+        self._llm, self._traffic, self._rng = llm, traffic, rng
+        self.turn, self.pictures = 0, []
+        system = traffic.system
+        self.tokens = _tokenized(llm, f"SYSTEM: {sentence(rng, system)} ") if system else []
+
+    def ask(self) -> None:
+        """A new question at the end, with a new picture where one is due."""
+        due = self.turn % self._traffic.picture_every if self._traffic.picture_every else self.turn
+        if due == 0:
+            self.pictures.append(noise(self._rng))
+        words = ("" if due else "<image>\n") + sentence(self._rng, 12 if self.turn else 40)
+        self.tokens = [*self.tokens, *_tokenized(self._llm, f"USER: {words} ASSISTANT:")]
+        self.turn += 1
+
+    def answered(self, answer: Sequence[int]) -> None:
+        self.tokens = [*self.tokens, *answer]
+
+
 def _chat(llm: Any, traffic: Traffic, rng: random.Random) -> list[dict]:
     """Every turn is the conversation so far, answer tokens and all, and a new question."""
-    picture, tokens, counted = noise(rng), [], []
-    for turn in range(traffic.turns):
-        words = ("<image>\n" if turn == 0 else "") + sentence(rng, 12 if turn else 40)
-        tokens += _tokenized(llm, f"USER: {words} ASSISTANT:")
-        one = _ask(llm, tokens, [picture], traffic.answer_tokens)
-        tokens = tokens + one["answer"]
+    conversation, counted = Conversation(llm, traffic, rng), []
+    for _ in range(traffic.turns):
+        conversation.ask()
+        one = _ask(llm, conversation.tokens, conversation.pictures, traffic.answer_tokens)
+        conversation.answered(one["answer"])
         counted.append(one)
     return counted
+
+
+def together(state: dict, traffic: Traffic, conversations: int, seed: int) -> dict:
+    """So many conversations at once, each asking its next question when it has its answer.
+
+    total_s: until the last answer. requests: all their questions.
+    """
+    llm = state["llm"]
+    engine = llm.llm_engine
+    assert llm.reset_prefix_cache(), "no request is running"
+    rng = random.Random(seed)
+    waiting = [Conversation(llm, traffic, rng) for _ in range(conversations)]
+    under_way: dict[str, Conversation] = {}
+    started = time.perf_counter()
+    while waiting or under_way:
+        for one in waiting:
+            one.ask()
+            under_way[_add(llm, one.tokens, one.pictures, traffic.answer_tokens)] = one
+        waiting = []
+        for output in engine.step():
+            if output.finished:
+                one = under_way.pop(output.request_id.split("-")[0])
+                one.answered(output.outputs[0].token_ids)
+                waiting += [one] * (one.turn < traffic.turns)
+    return {
+        "total_s": time.perf_counter() - started,
+        "requests": conversations * traffic.turns,
+    }
 
 
 def _system(llm: Any, traffic: Traffic, rng: random.Random) -> list[dict]:
@@ -97,7 +149,10 @@ def _again(llm: Any, traffic: Traffic, rng: random.Random) -> list[dict]:
     return counted[1:]
 
 
-_RUNS = {"chat": _chat, "brief": _chat, "system": _system, "again": _again}
+def _run_of(traffic: Traffic) -> Callable[[Any, Traffic, random.Random], list[dict]]:
+    if traffic.pictures:
+        return _system
+    return _again if traffic.questions else _chat
 
 
 def beside_long_prompt(state: dict, images: int, others: int, seed: int) -> dict:
@@ -156,11 +211,12 @@ def _ask(llm: Any, tokens: Sequence[int], pictures: list[Any], answer_tokens: in
     engine = llm.llm_engine
     started = time.perf_counter()
     _add(llm, tokens, pictures, answer_tokens)
-    stamps, outputs = [], []
+    stamps, outputs, held = [], [], 0
     while engine.has_unfinished_requests():
         outputs = engine.step() or outputs
         if outputs:
             stamps.append(time.perf_counter())
+            held = max(held, _held_blocks(llm))
     (output,) = outputs
     cached, prompt = output.num_cached_tokens or 0, list(output.prompt_token_ids)
     return {
@@ -168,6 +224,7 @@ def _ask(llm: Any, tokens: Sequence[int], pictures: list[Any], answer_tokens: in
         "cached": cached,
         "cached_text": min(cached, prompt.index(engine.model_config.hf_config.image_token_id)),
         "prompt_tokens": len(prompt),
+        "held_blocks": held,
         "answer": list(output.outputs[0].token_ids),
     }
 
@@ -180,6 +237,12 @@ def _add(llm: Any, tokens: Sequence[int], pictures: list[Any], answer_tokens: in
     name = f"traffic{next(_numbers)}"
     llm.llm_engine.add_request(name, llm._preprocess_cmpl([prompt])[0], params)
     return name
+
+
+def _held_blocks(llm: Any) -> int:
+    """K/V blocks that requests hold now; what only the prefix cache knows is free."""
+    pool = _scheduler(llm).kv_cache_manager.block_pool
+    return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
 
 
 def _scheduler(llm: Any) -> Any:

@@ -6,7 +6,10 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-COLOURS = {"fastv": "#1f77b4", "pdrop": "#d62728", "nuwa": "#2ca02c", "stock": "black"}
+COLOURS = {"fastv": "#1f77b4", "pdrop": "#d62728", "nuwa": "#2ca02c", "stock": "black"} | {
+    "192,": "#1f77b4",
+    "64,": "#d62728",
+}
 OTHER_COLOUR = "#9467bd"
 
 
@@ -49,9 +52,9 @@ def lines(
 
 def _style(label: str) -> dict:
     words = label.split()
-    remove = "remove" in words
+    dashed = "remove" in words or "rerank" in words
     return {
         "color": COLOURS.get(words[0], OTHER_COLOUR),
-        "linestyle": "--" if remove else "-",
-        "marker": "s" if remove else "o",
+        "linestyle": "--" if dashed else "-",
+        "marker": "s" if dashed else "o",
     }

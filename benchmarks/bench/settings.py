@@ -49,7 +49,8 @@ class Sizes:
     shallow_depth: of the stock engine that tells fixed from per-layer time. compiled_depth: of the
     engines that are compiled, since stock's one graph of 32 layers takes minutes. groups: KV groups.
     levels: requests under way at once; requests_per_level: requests of a run, as a multiple of them.
-    depths: as shares of the model's. pool_requests: dense requests the capacity part's pool holds.
+    conversations: at once. depths: as shares of the model's. pool_requests: dense requests the
+    capacity part's pool holds.
     """
 
     wide: LlavaShape
@@ -74,6 +75,7 @@ class Sizes:
     depths: tuple[float, ...]
     reference_requests: int
     long_images: int
+    conversations: tuple[int, ...]
 
 
 FULL = Sizes(
@@ -99,6 +101,7 @@ FULL = Sizes(
     depths=(0.25, 0.5, 1.0),
     reference_requests=2,
     long_images=14,
+    conversations=(1, 8, 32),
 )
 QUICK = replace(
     FULL,
@@ -122,6 +125,7 @@ QUICK = replace(
     depths=(1.0,),
     reference_requests=2,
     long_images=40,
+    conversations=(1, 2),
 )
 
 

@@ -49,6 +49,8 @@ REUSE = {
     ("again", "pdrop reroute 192"): 6.0,
     ("again", "pdrop reroute 64"): 2.6,
 }
+# Five turns of a conversation that keeps its choice, over stock.
+KEPT_CHAT = {"192, keep": 0.60, "64, keep": 0.48}
 # Between two tokens of requests that decode beside a prompt longer than a step, over stock.
 BESIDE_LONG_PROMPT = 1.0
 # Compiled routed engine's speed over the eager one's.

@@ -7,7 +7,16 @@ import pytest
 from benchmarks.bench import report, targets
 from benchmarks.bench.client import KEYS, RATE, command
 from benchmarks.bench.engines import SHALLOW, STOCK
-from benchmarks.bench.parts import capacity, host, machinery, prefill, reference, reuse, serving
+from benchmarks.bench.parts import (
+    capacity,
+    chat,
+    host,
+    machinery,
+    prefill,
+    reference,
+    reuse,
+    serving,
+)
 
 # Rounds in which the machine is this much slower.
 SLOWER = (1.0, 2.0, 1.5)
@@ -174,6 +183,37 @@ def test_layer_passes_by_hand():
     assert list(verdicts(found).values()) == [False]
 
 
+def chat_wave(kept_s):
+    def of(each, block, held):
+        sample = {"each_s": each, "first_token_s": sum(each), "held_blocks": held}
+        return {"samples": [sample], "block_bytes": block}
+
+    return {
+        "engines": {
+            STOCK: of([1.0] * 5, 8, 100),
+            **{
+                name: of([0.5, *[kept_s] * 4], 1, 400)
+                for name in chat.CONFIGURATIONS
+                if name != STOCK
+            },
+        }
+    }
+
+
+def test_chat_counts_five_turns_and_what_is_held():
+    found = chat.summarise({"turns": chat_wave(0.6)})
+    assert [row["median"] for row in found["by_turn"]["64, keep"]] == pytest.approx(
+        [0.5, 0.55, 1.7 / 3, 2.3 / 4, 2.9 / 5]
+    )
+    assert found["held"]["192, rerank"] == 0.5
+    assert list(verdicts(found).values()) == [True, False]
+    many = {name: {"samples": [{"total_s": 2.0}]} for name in chat.CONFIGURATIONS}
+    many["64, keep"]["samples"][0]["total_s"] = 4.0
+    found = chat.summarise({"many-8": {"engines": many}})
+    assert found["many"][0]["64, keep"]["median"] == 0.5
+    assert list(verdicts(found).values()) == [True, False]
+
+
 def capacity_wave(in_flight):
     samples = [
         {"in_flight": in_flight, "ideal": 20, "preemptions": 1, "total_s": 2.0 * factor}
@@ -274,6 +314,7 @@ ALL_PARTS = {
     "machinery.groups-1": machinery_wave(),
     "host.groups-1": machinery_wave(),
     "reuse.chat": reuse_wave(1.0),
+    "chat.turns": chat_wave(0.1),
     "scaling.images-and-batch": scaling_wave(),
 }
 
@@ -295,6 +336,7 @@ def test_the_whole_report(tmp_path):
     assert list(found["parts"]) == [
         "prefill",
         "reuse",
+        "chat",
         "machinery",
         "host",
         "serving",

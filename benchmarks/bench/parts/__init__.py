@@ -12,6 +12,7 @@ from types import ModuleType
 
 from benchmarks.bench.parts import (
     capacity,
+    chat,
     host,
     machinery,
     prefill,
@@ -24,6 +25,7 @@ from benchmarks.bench.parts import (
 PARTS: dict[str, ModuleType] = {
     "prefill": prefill,
     "reuse": reuse,
+    "chat": chat,
     "machinery": machinery,
     "host": host,
     "serving": serving,

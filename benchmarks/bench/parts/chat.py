@@ -1,0 +1,250 @@
+"""Conversations with both histories, against stock vLLM with its prefix cache: one by one and many at once."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import accumulate, count
+from pathlib import Path
+
+from benchmarks.bench import plot, targets
+from benchmarks.bench.conversations import Traffic, converse, together
+from benchmarks.bench.device import BLOCK_SIZE
+from benchmarks.bench.engines import STOCK, EngineSpec, column, started, take_turns
+from benchmarks.bench.progress import Progress
+from benchmarks.bench.settings import BenchModel, Settings
+from benchmarks.bench.spread import Spread, paired, shown
+
+TITLE = "Conversations"
+PLOT = "chat.svg"
+CONFIGURATIONS = {
+    STOCK: None,
+    "192, rerank": {"schedule": "pdrop", "tier": 192},
+    "192, keep": {"schedule": "pdrop", "tier": 192, "history": "keep"},
+    "64, rerank": {"schedule": "pdrop", "tier": 64},
+    "64, keep": {"schedule": "pdrop", "tier": 64, "history": "keep"},
+}
+TURNS = Traffic(kind="turns", name="turns about one picture", turns=8, answer_tokens=16)
+ALONE = (
+    TURNS,
+    Traffic(
+        kind="new", name="six turns, a new picture every third", turns=6, picture_every=3,
+        answer_tokens=16,
+    ),
+    Traffic(kind="questions", name="eight questions about one picture", questions=8),
+    Traffic(kind="text-800", name="two pictures behind 800 tokens of text", system=800, pictures=2),
+    Traffic(
+        kind="text-2000", name="two pictures behind 2,000 tokens of text", system=2000, pictures=2
+    ),
+)  # fmt: skip
+MANY = Traffic(kind="many", name="conversations of three turns", turns=3, answer_tokens=8)
+STEP_TOKENS = 4096
+READING = """\
+`pdrop` with reroute; *rerank* and *keep* are values of `--reroute-history`. All engines have vLLM's prefix cache and
+processor cache on, as users run them. Sums of times to first token over stock's in the same round, below 1 is faster.
+A turn is the conversation so far, with the engine's own answers, and a new question."""
+HELD = """\
+K/V held by the request of a conversation's last turn while it is answered, over stock's: {rows}."""
+
+
+def waves(settings: Settings, progress: Progress) -> dict[str, Callable[[], dict]]:
+    found = {t.kind: partial(_measure_alone, settings, t, progress) for t in ALONE}
+    for number in settings.sizes.conversations:
+        found[f"many-{number}"] = partial(_measure_many, settings, number, progress)
+    return found
+
+
+def _specs(**changes: object) -> list[EngineSpec]:
+    changes = {
+        "enable_prefix_caching": True,
+        "mm_processor_cache_gb": 4,
+        "max_num_batched_tokens": STEP_TOKENS,
+        **changes,
+    }
+    return [
+        EngineSpec(name=name, options=options, changes=changes)
+        for name, options in CONFIGURATIONS.items()
+    ]
+
+
+def _measure_alone(settings: Settings, traffic: Traffic, progress: Progress) -> dict:
+    model = settings.reuse()
+    pictures = -(-traffic.turns // traffic.picture_every) if traffic.picture_every else 1
+    room = pictures * model.visual + traffic.system + 900
+    specs = _specs(limit_mm_per_prompt={"image": pictures})
+    return _turns(
+        settings,
+        model,
+        specs,
+        room,
+        2,
+        progress,
+        lambda worker, n: worker.call(converse, traffic, n),
+    )
+
+
+def _measure_many(settings: Settings, conversations: int, progress: Progress) -> dict:
+    model = settings.narrow()
+    specs = _specs(max_num_seqs=max(8, conversations))
+    return _turns(
+        settings, model, specs, model.visual + 400, conversations, progress,
+        lambda worker, n: worker.call(together, MANY, conversations, n),
+    )  # fmt: skip
+
+
+def _turns(
+    settings: Settings,
+    model: BenchModel,
+    specs: list[EngineSpec],
+    room: int,
+    requests: int,
+    progress: Progress,
+    ask: Callable[..., dict],
+) -> dict:
+    """Every engine in every round, with the same pictures and words in a round."""
+    rounds = {name: count() for name in CONFIGURATIONS}
+    with started(settings, model, specs, room, requests, progress) as workers:
+        samples = take_turns(
+            list(workers),
+            lambda name: ask(workers[name], next(rounds[name])),
+            settings.rounds,
+            progress,
+        )
+    block = model.kv_bytes * BLOCK_SIZE
+    return {
+        "engines": {
+            spec.name: spec.about(model)
+            # A block of stock's pool holds all layers, one of a routed pool one layer.
+            | {"block_bytes": block * (model.depth if spec.options is None else 1)}
+            | {"samples": samples[spec.name]}
+            for spec in specs
+        }
+    }
+
+
+def summarise(measured: Mapping[str, dict]) -> dict:
+    alone = [_alone_row(t, measured[t.kind]) for t in ALONE if t.kind in measured]
+    many = [
+        _many_row(int(name.removeprefix("many-")), wave)
+        for name, wave in measured.items()
+        if name.startswith("many-")
+    ]
+    turns = measured.get(TURNS.kind)
+    return {
+        "alone": alone,
+        "many": sorted(many, key=lambda row: row["conversations"]),
+        "by_turn": _by_turn(turns) if turns else {},
+        "held": _held(turns) if turns else {},
+        "targets": list(_targets(turns, many)),
+    }
+
+
+def _alone_row(traffic: Traffic, wave: Mapping) -> dict:
+    stock = column(wave["engines"][STOCK], "first_token_s")
+    return {
+        "traffic": traffic.name,
+        "seconds": Spread.of(stock).as_row(),
+        **{
+            name: Spread.of(paired(column(about, "first_token_s"), stock)).as_row()
+            for name, about in wave["engines"].items()
+            if name != STOCK
+        },
+    }
+
+
+def _many_row(conversations: int, wave: Mapping) -> dict:
+    """Requests per second, over stock's."""
+    stock = column(wave["engines"][STOCK], "total_s")
+    return {
+        "conversations": conversations,
+        **{
+            name: Spread.of(paired(stock, column(about, "total_s"))).as_row()
+            for name, about in wave["engines"].items()
+            if name != STOCK
+        },
+    }
+
+
+def _by_turn(wave: Mapping) -> dict[str, list[dict]]:
+    """Sums of times to first token up to each turn, over stock's."""
+    sums = {
+        name: [list(accumulate(sample["each_s"])) for sample in about["samples"]]
+        for name, about in wave["engines"].items()
+    }
+    return {
+        name: [
+            Spread.of(paired(own, base)).as_row()
+            for own, base in zip(zip(*of, strict=True), zip(*sums[STOCK], strict=True), strict=True)
+        ]
+        for name, of in sums.items()
+        if name != STOCK
+    }
+
+
+def _held(wave: Mapping) -> dict[str, float]:
+    """Bytes of the last turn, over stock's."""
+
+    def held(about: Mapping) -> float:
+        return Spread.of(column(about, "held_blocks")).median * about["block_bytes"]
+
+    stock = held(wave["engines"][STOCK])
+    return {name: held(about) / stock for name, about in wave["engines"].items() if name != STOCK}
+
+
+def _targets(turns: Mapping | None, many: list[dict]) -> Iterator[dict]:
+    if turns:
+        for name, bound in targets.KEPT_CHAT.items():
+            yield targets.at_most(
+                f"five turns about one picture, {name}, over stock",
+                _by_turn(turns)[name][4]["median"],
+                bound,
+            )
+    for row in many:
+        for name in targets.KEPT_CHAT:
+            yield targets.at_least(
+                f"requests/s, {row['conversations']} conversations at once, {name}, of stock",
+                row[name]["median"],
+                targets.SERVING,
+            )
+
+
+def markdown(found: dict) -> Iterator[str]:
+    names = [name for name in CONFIGURATIONS if name != STOCK]
+    yield READING + "\n"
+    if found["by_turn"]:
+        yield f"![Sum of times to first token by turn]({PLOT})\n"
+        turns = range(1, 1 + len(found["by_turn"][names[0]]))
+        yield f"| turns about one picture | {' | '.join(map(str, turns))} |"
+        yield "|---|" + "---|" * len(turns)
+        for name, ratios in found["by_turn"].items():
+            yield f"| {name} | {' | '.join(shown(ratio) for ratio in ratios)} |"
+        rows = ", ".join(f"{name} {ratio:.2f}" for name, ratio in found["held"].items())
+        yield "\n" + HELD.format(rows=rows) + "\n"
+    if found["alone"]:
+        yield f"| sum of times to first token | stock, ms | {' | '.join(names)} |"
+        yield "|---|---|" + "---|" * len(names)
+        for row in found["alone"]:
+            yield (
+                f"| {row['traffic']} | {shown(row['seconds'], 1000, 0)} | "
+                f"{' | '.join(shown(row[name]) for name in names)} |"
+            )
+    if found["many"]:
+        yield f"\n{MANY.name.capitalize()} at once, answers of 8 tokens: requests/s over stock's, above 1 is faster.\n"
+        yield f"| at once | {' | '.join(names)} |"
+        yield "|---|" + "---|" * len(names)
+        for row in found["many"]:
+            yield f"| {row['conversations']} | {' | '.join(shown(row[name]) for name in names)} |"
+
+
+def draw(found: dict, folder: Path) -> list[Path]:
+    if not found["by_turn"]:
+        return []
+    lines = {name: list(enumerate(ratios, 1)) for name, ratios in found["by_turn"].items()}
+    last = len(next(iter(lines.values())))
+    return [
+        plot.lines(
+            folder / PLOT,
+            lines,
+            xlabel="turns about one picture",
+            ylabel="sum of times to first token / stock vLLM",
+            bounds={"stock vLLM": [(1, 1.0), (last, 1.0)]},
+        )
+    ]
