@@ -48,7 +48,7 @@ def check_options(extra_args: Mapping[str, Any] | None, schedule: RoutingSchedul
     try:
         options = RequestOptions.of(extra_args)
         if options is not None:
-            options.keep_ratios(schedule)
+            options.applied(schedule)
     except ValueError as error:
         given = [name for name in extra_args or () if name.startswith(KEY)]
         raise VLLMValidationError(
