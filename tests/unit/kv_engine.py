@@ -7,6 +7,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request
 
+from vllm_reroute.kv_cache.kept_turns import KeptTurns
 from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.parked_manager import ParkedManager
 from vllm_reroute.kv_cache.prefix_hits import PrefixHits
@@ -47,7 +48,9 @@ class Engine:
             manager.live = self.live
         self.stages = [manager for manager in managers if isinstance(manager, StageManager)]
         (self.parked,) = (manager for manager in managers if isinstance(manager, ParkedManager))
-        self.manager.get_computed_blocks = PrefixHits(self.manager, self.live).get_computed_blocks
+        self.kept = KeptTurns(self.manager, self.live)
+        hits = PrefixHits(self.manager, self.live, self.kept)
+        self.manager.get_computed_blocks = hits.get_computed_blocks
 
     def hit(self, request: Request) -> int:
         """Tokens of the request that are in the prefix cache."""
