@@ -72,6 +72,19 @@ class Engine:
         self._ran(request, num_hit + new)
         return self.manager.get_block_ids(request.request_id), num_hit
 
+    def turns(self, request):
+        """Admit a request that keeps its turns, and run it as the scheduler does, a turn a step."""
+        self.requests[request.request_id] = request
+        routing = self.live.of(request)
+        _, num_hit, _ = self.manager.get_computed_blocks(request)
+        end = routing.turns.next_end(num_hit) or request.num_tokens
+        self.prefill(request, end)
+        self.kept.offer(request)
+        while request.num_computed_tokens < request.num_tokens:
+            end = routing.turns.next_end(request.num_computed_tokens) or request.num_tokens
+            self.run(request, end - request.num_computed_tokens)
+            self.kept.offer(request)
+
     def run(self, request, num_tokens):
         """New block ids per group for more tokens of the prompt; None if there is no room."""
         empty = self.manager.empty_kv_cache_blocks

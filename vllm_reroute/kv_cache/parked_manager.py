@@ -69,13 +69,17 @@ class ParkedManager(LayeredManager):
 
     def release(self, request_id: str) -> None:
         """Every stage has the turn: its parked states are only good for the prefix cache."""
-        blocks = self.req_to_blocks.pop(request_id)
-        self.block_pool.free_blocks(block for block in reversed(blocks) if not block.is_null)
-        request = self.live.requests[request_id]
-        routing = self.live.of(request)
-        if routing.turns.next_end(request.num_computed_tokens) is not None:
-            # Pages of a later turn come behind them, as in the worker's table.
-            self.req_to_blocks[request_id] = [self._null_block] * len(blocks)
+        request, blocks = self.live.requests[request_id], self.req_to_blocks[request_id]
+        turns = self.live.of(request).turns.turns
+        later = next((turn for turn in turns if turn.end > request.num_computed_tokens), None)
+        if later is None:
+            freed = self.req_to_blocks.pop(request_id)
+        else:
+            # Tables only grow, so the entries stay, and pages that a later turn begins in.
+            kept = later.begin // self.block_size * self.num_layers
+            freed = blocks[:kept]
+            blocks[:kept] = [self._null_block] * len(freed)
+        self.block_pool.free_blocks(block for block in reversed(freed) if not block.is_null)
 
     def pop_layer_blocks(self, request_id: str) -> list[LayerBlocks]:
         of_tokens = super().pop_layer_blocks(request_id)
