@@ -112,7 +112,8 @@ class Engine:
 
     def _ran(self, request, num_computed):
         request.num_computed_tokens = num_computed
-        if request.request_id in self.parked.holders and num_computed >= request.num_prompt_tokens:
+        holds = request.request_id in self.parked.holders
+        if holds and self.live.of(request).turns.open_at(num_computed) is None:
             self.parked.release(request.request_id)
 
     def finish(self, request):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from .kv_engine import BLOCK, SCHEDULE, Engine, Picture, Text, ask
+from .kv_engine import PAGES, SCHEDULE, Engine, Picture, Text, ask
 
 MARKER = Text("marker", 2)
 KEEPS = replace(SCHEDULE, history="keep", marker=tuple(MARKER.tokens()))
@@ -16,8 +16,8 @@ FIRST = (SYSTEM, CAT, *WHICH)  # 102 tokens, its picture at [40, 80)
 # What came before -> the prompt that is looked up, and its tokens that are found.
 TABLE = {
     "nothing": ([], FIRST, 0),
-    # Never a part of a turn: the text before the picture's block.
-    "the same prompt": ([FIRST], FIRST, 32),
+    # Never a part of a turn: the text before the picture.
+    "the same prompt": ([FIRST], FIRST, 40),
     "another question": ([FIRST], (SYSTEM, CAT, *WHERE), 32),
     "the next turn": ([FIRST], (*FIRST, SHORT, *WHERE), 102),
     "the turn after, short answers": (
@@ -25,7 +25,7 @@ TABLE = {
         (*FIRST, SHORT, *WHERE, SHORT, *WHICH),
         102 + 10,
     ),
-    "a long answer": ([(*FIRST, LONG)], (*FIRST, LONG, *WHERE), 142 - 2),
+    "a long answer": ([(*FIRST, LONG)], (*FIRST, LONG, *WHERE), 128),
     "a new picture": (
         [(*FIRST, SHORT, DOG, *WHERE)],
         (*FIRST, SHORT, DOG, *WHERE, SHORT, *WHICH),
@@ -84,7 +84,7 @@ def test_a_block_in_which_a_hit_ends_is_copied():
 
 
 @pytest.mark.parametrize("stage", range(3))
-@pytest.mark.parametrize("block,hit", [(0, 0), (1, 16), (2, 32), (3, 32), (4, 32)])
+@pytest.mark.parametrize("block,hit", [(0, 0), (1, 16), (2, 32), (3, 40), (4, 40)])
 def test_a_lost_block_costs_what_depends_on_it(stage, block, hit):
     """A part of a turn is worth nothing."""
     engine = Engine(KEEPS)
@@ -116,10 +116,8 @@ def test_answers_are_offered_as_they_grow():
     for _ in range(40):
         engine.decode(request)
         engine.kept.offer(request)
-    tokens = [Text("x", 0)]
-    later = ask("later", *FIRST, *tokens, output=[7] * 60)
-    # 141 tokens have run: the last whole blocks end with 128, 20 + 112 and 30 + 96 of them.
-    assert engine.hit(later) == 126
+    # 142 tokens have run, 122 and 112 of them in later stages: 8, 7 and 7 blocks are whole.
+    assert engine.hit(ask("later", *FIRST, output=[7] * 60)) == 128
 
 
 def test_pages_are_for_turns_that_wait():
@@ -127,14 +125,28 @@ def test_pages_are_for_turns_that_wait():
     engine = Engine(KEEPS)
     request = ask("first", *FIRST, SHORT, DOG, *WHERE)
     engine.prefill(request, 50)
-    assert engine.pages(request) == 2 * 2
+    assert engine.pages(request) == PAGES * 2
     engine.run(request, 52)
     assert engine.pages(request) == 0
-    assert len(engine.parked.req_to_blocks["first"]) == 2 * 4
+    assert len(engine.parked.req_to_blocks["first"]) == PAGES * 4
     engine.run(request, 20)
-    assert engine.pages(request) == 2 * (8 - 6)
-    assert len(engine.parked.req_to_blocks["first"]) == 2 * 8
+    assert engine.pages(request) == PAGES * (8 - 6)
+    assert len(engine.parked.req_to_blocks["first"]) == PAGES * 8
     engine.run(request, 45)
     assert engine.parked.holders == []
     assert engine.held(request) == engine.expected_held(request)
-    assert BLOCK == 16
+
+
+def test_a_page_that_two_turns_share_stays():
+    """Tables only grow: what waits for the second question begins in the first one's last block."""
+    engine = Engine(KEEPS)
+    request = ask("first", *FIRST, SHORT, DOG, *WHERE)
+    engine.prefill(request, 100)
+    engine.run(request, 2)
+    assert engine.pages(request) == PAGES
+    engine.run(request, 20)
+    blocks = engine.parked.req_to_blocks["first"]
+    assert [block.is_null for block in blocks] == [True] * 6 * PAGES + [False] * 2 * PAGES
+    engine.run(request, 45)
+    engine.finish(request)
+    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1

@@ -74,13 +74,14 @@ def _rendered(
     model_config: ModelConfig, tokenizer: Any, conversation: list[dict[str, Any]], *, ask: bool
 ) -> list[int]:
     """Token ids of a conversation; none where the template cannot show it."""
+    from vllm.exceptions import VLLMValidationError
     from vllm.renderers.hf import safe_apply_chat_template
 
     try:
         text = safe_apply_chat_template(
             model_config, tokenizer, conversation, tokenize=False, add_generation_prompt=ask
         )
-    except ValueError:
+    except (ValueError, VLLMValidationError):
         return []
     return _encoded(tokenizer, text) if conversation[0]["content"][0]["text"] in text else []
 
