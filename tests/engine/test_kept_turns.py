@@ -142,7 +142,7 @@ def reset(llm: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "step"), [(REROUTE, 600), (REROUTE, 48), (REMOVE, 600)], ids=str
+    ("options", "step"), [(REROUTE, 48), (REMOVE, 600)], ids=["reroute in chunks", "remove"]
 )
 def test_a_conversation_is_the_same_cold_and_turn_by_turn(
     host: EngineHost, models: Any, oracles: OracleAnswers, options: dict[str, Any], step: int
