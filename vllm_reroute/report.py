@@ -35,6 +35,7 @@ def schedule_lines(schedule: RoutingSchedule, num_visual: int) -> list[str]:
             if decision.scored_at is None
         ),
         f"ranked by         {RANKED_BY[schedule.scorer]}",
+        *_history_lines(schedule),
         f"keep ratios       {', '.join(f'{r:g}' for r in schedule.keep)}",
         f"visual tokens     {schedule.average(num_visual):.1f} per layer on average, of {num_visual}",
         "",
@@ -46,6 +47,15 @@ def schedule_lines(schedule: RoutingSchedule, num_visual: int) -> list[str]:
         layers = f"{stage.first_layer}-{stage.end_layer - 1}"
         lines.append(f"{index:>5}   {layers:>6}   {stage.keep_ratio:>22.4g}   {kept:>13}")
     return lines
+
+
+def _history_lines(schedule: RoutingSchedule) -> list[str]:
+    if schedule.history != "keep":
+        return []
+    return [
+        "earlier turns     keep what their own question has chosen (turns end with tokens "
+        f"{', '.join(map(str, schedule.marker)) or 'that the engine looks up at start'})"
+    ]
 
 
 def _fate(*, removed: bool) -> str:

@@ -35,6 +35,13 @@ def oracle_of(folder: Path, schedule: RoutingSchedule) -> RoutedOracle:
     )
 
 
+def turn_ends(prompt: list[int], schedule: RoutingSchedule) -> list[int]:
+    """One past every marker of a prompt."""
+    marker = list(schedule.marker)
+    places = range(len(marker), len(prompt) + 1)
+    return [end for end in places if prompt[end - len(marker) : end] == marker]
+
+
 class OracleAnswers:
     """Oracles by model and schedule."""
 
@@ -47,7 +54,7 @@ class OracleAnswers:
         self, model: str, schedule: RoutingSchedule, ask: Ask | FamilyAsk, prompt: list[int]
     ) -> OracleResult:
         """prompt: the token ids the engine saw, placeholders expanded."""
-        decides = (schedule.action, schedule.variant, schedule.scorer)
+        decides = (schedule.action, schedule.variant, schedule.scorer, schedule.history)
         key = (model, *decides, schedule.layers, schedule.keep)
         if key not in self._oracles:
             self._oracles[key] = oracle_of(self._models[model], schedule)
@@ -55,7 +62,8 @@ class OracleAnswers:
         if request not in self._results:
             inputs = ask.inputs(processor(self._models[model]))
             assert inputs["input_ids"][0].tolist() == prompt
-            self._results[request] = self._oracles[key].run(inputs, ask.max_tokens)
+            ends = {"turn_ends": turn_ends(prompt, schedule)} if schedule.history == "keep" else {}
+            self._results[request] = self._oracles[key].run(inputs, ask.max_tokens, **ends)
         return self._results[request]
 
     def check(

@@ -92,7 +92,7 @@ class NuwaOracle(RoutedOracle):
     ) -> NuwaResult:
         prompt = self._prepare(inputs, max_new_tokens, forced_token_ids)
         visual_embeddings = prompt.embeddings[prompt.visual]
-        result = self._generate(prompt, max_new_tokens, forced_token_ids, stop_at_eos)
+        result = self._generate(prompt, max_new_tokens, forced_token_ids, stop_at_eos, ())
         return NuwaResult(**vars(result), visual_embeddings=visual_embeddings)
 
     def _prepare(
@@ -120,7 +120,7 @@ class NuwaOracle(RoutedOracle):
         return NuwaPrompt(**vars(plain), anchors=anchors, salience=torch.cat(saliences))
 
     def _prefill(
-        self, prompt: NuwaPrompt, kv: list[LayerKV]
+        self, prompt: NuwaPrompt, kv: list[LayerKV], turn_ends: Sequence[int]
     ) -> tuple[Tensor, list[list[int]], list[Tensor]]:
         """As for any schedule, but from the first layer on only anchors and text run."""
         hidden = prompt.embeddings

@@ -37,8 +37,10 @@ class RoutedOracle:
     """Runs requests under one schedule; empty `layers` runs them dense.
 
     `keep` are shares of a request's original visual tokens, one per decision layer. The visual
-    tokens of all images and videos of a request are ranked jointly. accumulates: by the sum of the
-    last prompt token's attention at this decision and all earlier ones; with reroute.
+    tokens of all images and videos of a request are ranked jointly, by the last prompt token; given
+    the ends of its turns, those of a turn by the turn's last token, among themselves, and `keep` are
+    shares of theirs. accumulates: by the sum of the last prompt token's attention at this decision
+    and all earlier ones; with reroute.
     """
 
     def __init__(
@@ -70,14 +72,17 @@ class RoutedOracle:
         max_new_tokens: int,
         forced_token_ids: list[int] | None = None,
         stop_at_eos: bool = False,
+        turn_ends: Sequence[int] = (),
     ) -> OracleResult:
         """Generates greedily, or feeds `forced_token_ids` and records what was predicted.
 
         `inputs` is what the model's processor makes of one request: input_ids [1, prompt] with one
-        placeholder per visual token, and the pixels, grids and sizes its family needs.
+        placeholder per visual token, and the pixels, grids and sizes its family needs. turn_ends: one
+        past the last token of each turn; where not given, the whole prompt is one.
         """
         prompt = self._prepare(inputs, max_new_tokens, forced_token_ids)
-        return self._generate(prompt, max_new_tokens, forced_token_ids, stop_at_eos)
+        ends = turn_ends or [len(prompt.visual)]
+        return self._generate(prompt, max_new_tokens, forced_token_ids, stop_at_eos, ends)
 
     def _prepare(
         self,
@@ -96,9 +101,10 @@ class RoutedOracle:
         max_new_tokens: int,
         forced_token_ids: list[int] | None,
         stop_at_eos: bool,
+        turn_ends: Sequence[int],
     ) -> OracleResult:
         kv = [LayerKV() for _ in range(self.depth)]
-        last_hidden, selected, scores = self._prefill(prompt, kv)
+        last_hidden, selected, scores = self._prefill(prompt, kv, turn_ends)
         token_ids: list[int] = []
         logprobs: list[Tensor] = []
         while True:
@@ -121,9 +127,12 @@ class RoutedOracle:
         )
 
     def _prefill(
-        self, prompt: Prompt, kv: list[LayerKV]
+        self, prompt: Prompt, kv: list[LayerKV], turn_ends: Sequence[int]
     ) -> tuple[Tensor, list[list[int]], list[Tensor]]:
         """Runs the prompt, filling `kv`; returns the last prompt token's hidden state.
+
+        A turn is ranked by the last token before its end: its own candidates, among them, the text
+        before it and what this same decision has just kept of earlier turns.
 
         `hidden` always holds the whole prompt. A layer reads and writes the rows of its tokens
         only, so a deferred token's row waits unchanged until a later decision picks it.
@@ -131,19 +140,26 @@ class RoutedOracle:
         hidden = prompt.embeddings
         visual = prompt.visual.nonzero().flatten().tolist()
         text = (~prompt.visual).nonzero().flatten().tolist()
-        kept = candidates = visual
+        turns = _turns_of(visual, turn_ends)
+        kept = visual
         selected: list[list[int]] = []
         scores: list[Tensor] = []
         for layer in range(self.depth):
             if layer in self.keep_at:
-                candidates = kept if self.action == "remove" else visual
-                layer_scores = self._score(layer, hidden, prompt.positions, text, candidates)
-                if self.accumulates and scores:
-                    layer_scores = layer_scores + scores[-1]
-                count = num_kept(len(visual), self.keep_at[layer], len(candidates))
-                kept = highest(layer_scores, candidates, count)
+                before = set(kept if self.action == "remove" else visual)
+                kept, of_layer = [], []
+                for end, own in turns:
+                    candidates = [row for row in own if row in before]
+                    present = [row for row in text if row < end] + kept
+                    turn_scores = self._score(layer, hidden, prompt.positions, present, candidates)
+                    if self.accumulates and scores:
+                        assert len(turns) == 1
+                        turn_scores = turn_scores + scores[-1]
+                    count = num_kept(len(own), self.keep_at[layer], len(candidates))
+                    kept = kept + highest(turn_scores, candidates, count)
+                    of_layer.append(turn_scores)
                 selected.append([visual.index(row) for row in kept])
-                scores.append(layer_scores)
+                scores.append(torch.cat(of_layer) if of_layer else torch.zeros(0))
             rows = torch.tensor(sorted(text + kept))
             positions = prompt.positions[..., rows]
             hidden[rows] = self._decoder.run_layer(layer, hidden[rows], positions, kv[layer])
@@ -154,10 +170,10 @@ class RoutedOracle:
     def _score(
         self, layer: int, hidden: Tensor, positions: Tensor, text: list[int], candidates: list[int]
     ) -> Tensor:
-        """The last prompt token's attention to each candidate, at the input of `layer`.
+        """The last text token's attention to each candidate, at the input of `layer`.
 
-        hidden: [prompt, hidden]; positions: [prompt] or [3, prompt]. The softmax runs over text
-        and candidates. Returns [candidates], fp32.
+        hidden: [prompt, hidden]; positions: [prompt] or [3, prompt]. The softmax runs over text (and
+        whatever else is given as text) and candidates. Returns [candidates], fp32.
         """
         present = sorted(text + candidates)
         rows = torch.tensor(present)
@@ -186,6 +202,18 @@ class RoutedOracle:
         if eos is None:
             eos = self._text.config.eos_token_id
         return set(eos) if isinstance(eos, list) else {eos}
+
+
+def _turns_of(visual: list[int], ends: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """End and visual rows of each turn that has any."""
+    turns, begin = [], 0
+    for end in ends:
+        own = [row for row in visual if begin <= row < end]
+        begin = end
+        if own:
+            turns.append((end, own))
+    assert sum(len(own) for _, own in turns) == len(visual), "a picture belongs to no turn"
+    return turns
 
 
 def _check_schedule(action: str, layers: Sequence[int], keep: Sequence[float], depth: int) -> None:

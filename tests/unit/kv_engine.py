@@ -7,6 +7,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request
 
+from vllm_reroute.kv_cache.kept_turns import KeptTurns
 from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.parked_manager import ParkedManager
 from vllm_reroute.kv_cache.prefix_hits import PrefixHits
@@ -47,7 +48,9 @@ class Engine:
             manager.live = self.live
         self.stages = [manager for manager in managers if isinstance(manager, StageManager)]
         (self.parked,) = (manager for manager in managers if isinstance(manager, ParkedManager))
-        self.manager.get_computed_blocks = PrefixHits(self.manager, self.live).get_computed_blocks
+        self.kept = KeptTurns(self.manager, self.live)
+        hits = PrefixHits(self.manager, self.live, self.kept)
+        self.manager.get_computed_blocks = hits.get_computed_blocks
 
     def hit(self, request: Request) -> int:
         """Tokens of the request that are in the prefix cache."""
@@ -68,6 +71,19 @@ class Engine:
             return None
         self._ran(request, num_hit + new)
         return self.manager.get_block_ids(request.request_id), num_hit
+
+    def turns(self, request):
+        """Admit a request that keeps its turns, and run it as the scheduler does, a turn a step."""
+        self.requests[request.request_id] = request
+        routing = self.live.of(request)
+        _, num_hit, _ = self.manager.get_computed_blocks(request)
+        end = routing.turns.next_end(num_hit) or request.num_tokens
+        self.prefill(request, end)
+        self.kept.offer(request)
+        while request.num_computed_tokens < request.num_tokens:
+            end = routing.turns.next_end(request.num_computed_tokens) or request.num_tokens
+            self.run(request, end - request.num_computed_tokens)
+            self.kept.offer(request)
 
     def run(self, request, num_tokens):
         """New block ids per group for more tokens of the prompt; None if there is no room."""
@@ -96,7 +112,8 @@ class Engine:
 
     def _ran(self, request, num_computed):
         request.num_computed_tokens = num_computed
-        if request.request_id in self.parked.holders and num_computed >= request.num_prompt_tokens:
+        holds = request.request_id in self.parked.holders
+        if holds and self.live.of(request).turns.open_at(num_computed) is None:
             self.parked.release(request.request_id)
 
     def finish(self, request):

@@ -18,7 +18,8 @@ class SlowWorker:
 
     Each token's data has a key: what it depends on. Where nothing depends on the question (text,
     stages before the first decision, parked states) that is the tokens up to it, so that keys are
-    equal exactly where blocks may be shared. Elsewhere the key is the request's own.
+    equal exactly where blocks may be shared. What a turn has kept depends on all tokens up to its
+    question's end. Elsewhere the key is the request's own.
     Every read is checked: an entry must have been written, and with the reader's own key.
     """
 
@@ -32,7 +33,7 @@ class SlowWorker:
         self.dense_stages = int(schedule.encoder_ratio is None)
         self.tables, self.keys = {}, {}
         self.tags, self.cells = {}, {}
-        self.num_parked = self.num_fetched = self.num_reused = 0
+        self.num_parked = self.num_fetched = self.num_reused = self.num_copied = 0
 
     def routing(self, request):
         return RequestRouting.of(
@@ -40,6 +41,7 @@ class SlowWorker:
             request.prompt_token_ids,
             self.schedule,
             self.block_size,
+            request.sampling_params.extra_args,
         )
 
     def execute(self, output, requests):
@@ -47,6 +49,7 @@ class SlowWorker:
         for name in output.finished_req_ids:
             self.tables.pop(name, None)
         self._take_tables(output)
+        self._copy(output.kv_cache_block_copies or ())
         batch = [requests[name] for name in output.num_scheduled_tokens]
         now = np.array([*output.num_scheduled_tokens.values()], dtype=np.int64)
         before = np.array([r.num_computed_tokens for r in batch], dtype=np.int64) - now
@@ -59,6 +62,8 @@ class SlowWorker:
             block_size=self.block_size,
             offers_parked=self.offers_parked,
         )
+        for prefill in plan.prefills:
+            self._score(prefill, batch[prefill.index])
         for stage in range(self.dense_stages):
             self._run_stage(plan, stage, batch, routings)
         if plan.boundary is not None:
@@ -78,6 +83,27 @@ class SlowWorker:
             elif ids is not None:
                 for table, new in zip(self.tables[name], ids, strict=True):
                     table += new
+
+    def _copy(self, copies):
+        """Before anything of the step runs."""
+        for source, target in copies:
+            self.tags[target] = self.tags[source]
+            self.cells[target] = list(self.cells[source])
+        self.num_copied += len(copies)
+
+    def _score(self, prefill, request):
+        """A decision reads what is cached of earlier turns before its stage writes anything.
+
+        Text before the first picture is put there in time, where it is of the same step.
+        """
+        routing, name = prefill.routing, request.request_id
+        for stage in range(self.dense_stages, len(self.groups)):
+            held, group = prefill.num_held(stage), self.groups[stage]
+            text = min(held, routing.text_prefix)
+            keys = self._stage_keys(request, routing, stage, held)
+            for layer in range(self.layers[group]):
+                blocks = self._blocks(name, group, layer, held)
+                self._check(blocks, (group, layer), keys, name, text)
 
     def _run_stage(self, plan, stage, batch, routings):
         """All rows write before any reads: row pieces have a test of their own."""
@@ -132,9 +158,12 @@ class SlowWorker:
             self.tags[block], self.cells[block] = tag, [None] * self.block_size
         self.cells[block][offset] = key
 
-    def _check(self, blocks, tag, keys, name):
+    def _check(self, blocks, tag, keys, name, begin=0):
+        """begin: a whole block; what is before it is not read."""
         for i, block in enumerate(blocks):
             expect = keys[i * self.block_size : (i + 1) * self.block_size]
+            if i < begin // self.block_size:
+                continue
             assert self.tags.get(block) == tag, f"{name} reads a block of {self.tags.get(block)}"
             found = self.cells[block][: len(expect)]
             assert found == expect, f"{name} reads {found} in block {i} of {tag}, not {expect}"
@@ -142,9 +171,28 @@ class SlowWorker:
     def _stage_keys(self, request, routing, stage, length):
         if routing is None or stage < self.dense_stages:
             return self._token_keys(request, length)
+        if routing.keeps_turns:
+            return self._kept_keys(request, routing, stage, length)
         text = min(length, routing.text_prefix)
         own = [(request.request_id, place) for place in range(text, length)]
         return self._token_keys(request, text) + own
+
+    def _kept_keys(self, request, routing, stage, length):
+        """Keys of text, and of what turns have kept, of how many tokens and by which question."""
+        tokens = self._token_keys(request, routing.turns.needed(stage, length))
+        keys, position, how = [], 0, ()
+        for turn in routing.turns.turns:
+            keys += [(*how, key) for key in tokens[position : turn.begin]]
+            if len(keys) >= length:
+                break
+            how, position = (routing.keep,), turn.end
+            count = turn.end - turn.begin - turn.deferred(stage)
+            keys += [(*how, tokens[turn.end - 1], place) for place in range(count)]
+        else:
+            keys += [(*how, key) for key in tokens[position:]]
+        keys = keys[:length]
+        text = min(length, routing.text_prefix)
+        return tokens[:text] + keys[text:]
 
     def _token_keys(self, request, length):
         """A key per token: all tokens up to it, pictures by their names, and the salt."""

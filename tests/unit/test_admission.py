@@ -17,6 +17,7 @@ from vllm.v1.engine import EngineCoreRequest
 
 from vllm_reroute.admission.checks import check_asked, check_request
 from vllm_reroute.admission.sent_pictures import SendingCache, SentPictures
+from vllm_reroute.schedule import RoutingSchedule
 
 from .parts import VISUAL, feature
 
@@ -88,6 +89,28 @@ def test_refused_for_the_client_to_see(refused, words, vllm_config):
         check_request(refused, vllm_config)
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
     assert error.value.parameter is not None
+
+
+@pytest.fixture(scope="module")
+def keeps(engine_config):
+    return engine_config(
+        max_model_len=512,
+        additional_config={"reroute": {"schedule": "pdrop", "history": "keep"}},
+    )
+
+
+def test_a_picture_s_question_must_end_where_turns_are_kept(keeps):
+    marker = RoutingSchedule.of(keeps).marker
+    plain, asked = request(40, [IMAGE]), request(40, [IMAGE])
+    asked.prompt_token_ids[30 : 30 + len(marker)] = marker
+    check_request(asked, keeps)
+    asked.mm_features.append(feature(36, 2))
+    for refused in (plain, asked):
+        with pytest.raises(VLLMValidationError, match=r"no marker.*add_generation_prompt") as error:
+            check_request(refused, keeps)
+        assert error.value.parameter == "prompt"
+        refused.sampling_params.extra_args = {"reroute_history": "rerank"}
+        check_request(refused, keeps)
 
 
 IN_ANOTHER_PROCESS = """

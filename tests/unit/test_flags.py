@@ -22,7 +22,19 @@ from vllm_reroute.schedule import (
 )
 from vllm_reroute.startup.flags import options_from_flags
 
-FLAGS = ["schedule", "action", "variant", "tier", "budget", "layers", "keep", "scorer", "file"]
+FLAGS = [
+    "schedule",
+    "action",
+    "variant",
+    "tier",
+    "budget",
+    "layers",
+    "keep",
+    "scorer",
+    "file",
+    "history",
+    "turn_marker",
+]
 SHORT, FULL = "llava-1.5", "llava-hf/llava-1.5-7b-hf"
 
 
@@ -50,7 +62,7 @@ def parse(*words, kind=EngineArgs):
 def test_the_flags_are_a_group_of_their_own(parser):
     (group,) = [group for group in parser._action_groups if group.title == "Reroute"]
     options = [option for action in group._group_actions for option in action.option_strings]
-    assert options == [f"--reroute-{name}" for name in FLAGS]
+    assert options == [f"--reroute-{name.replace('_', '-')}" for name in FLAGS]
     assert [field.name for field in dataclasses.fields(RerouteOptions)] == FLAGS
 
 
@@ -59,7 +71,7 @@ def test_the_flags_are_in_the_help(parser, keyword, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args([f"--help={keyword}"])
     shown = capsys.readouterr().out
-    assert all(f"--reroute-{name}" in shown for name in FLAGS)
+    assert all(f"--reroute-{name.replace('_', '-')}" in shown for name in FLAGS)
     assert "{fastv,pdrop,nuwa,none}" in shown and "{192,128,64}" in shown
 
 
@@ -69,6 +81,10 @@ def test_the_flags_are_in_the_help(parser, keyword, capsys):
         ("", {}),
         ("--reroute-schedule pdrop", {"schedule": "pdrop"}),
         ("--reroute-schedule=none", {"schedule": "none"}),
+        (
+            "--reroute-schedule pdrop --reroute-history keep --reroute-turn-marker Bot:",
+            {"schedule": "pdrop", "history": "keep", "turn_marker": "Bot:"},
+        ),
         (
             "--reroute-schedule fastv --reroute-action remove --reroute-tier 64",
             {"schedule": "fastv", "action": "remove", "tier": 64},

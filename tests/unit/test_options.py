@@ -22,6 +22,30 @@ REFUSED_AT_ONCE = {
         {"schedule": "nuwa", "scorer": "accumulated"},
         ["--reroute-scorer accumulated", "Allowed: attention", "--reroute-budget"],
     ),
+    "history of an unknown kind": (
+        {"schedule": "pdrop", "history": "forget"},
+        ["--reroute-history 'forget'", "rerank, keep"],
+    ),
+    "kept turns after the encoder's choice": (
+        {"schedule": "nuwa", "history": "keep"},
+        ["--reroute-history keep", "nuwa", "Allowed: fastv, pdrop", "--reroute-budget"],
+    ),
+    "kept turns with accumulated scores": (
+        {"schedule": "pdrop", "scorer": "accumulated", "history": "keep"},
+        ["--reroute-history keep", "accumulated", "Allowed: attention, random"],
+    ),
+    "a marker with accumulated scores": (
+        {"schedule": "pdrop", "scorer": "accumulated", "turn_marker": "Bot:"},
+        ["--reroute-turn-marker Bot:", "accumulated"],
+    ),
+    "an empty marker": (
+        {"schedule": "pdrop", "history": "keep", "turn_marker": " "},
+        ["--reroute-turn-marker ' '", "'ASSISTANT:'"],
+    ),
+    "a marker without a schedule": (
+        {"turn_marker": "Bot:"},
+        ["--reroute-turn-marker Bot:", "--reroute-schedule"],
+    ),
     "schedule of a wrong type": (
         {"schedule": 3},
         ["--reroute-schedule 3", "fastv, pdrop, nuwa, none"],

@@ -1,6 +1,7 @@
 """What a request may choose for itself, in both spellings, and what it is told otherwise."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -48,6 +49,9 @@ def test_both_spellings_choose_alike(options, schedule, keep):
 @pytest.mark.parametrize(
     "options,schedule,told",
     [
+        ({"history": "forget"}, PDROP, "'forget' is unknown. Choose one of: rerank, keep"),
+        ({"history": "keep"}, PDROP, "'keep' needs a server.*Allowed: 'rerank'.*turn-marker"),
+        ({"history": "keep"}, NUWA, "'keep' needs a server"),
         (
             {"action": "remove"},
             PDROP,
@@ -74,8 +78,17 @@ def test_both_spellings_choose_alike(options, schedule, keep):
 def test_what_cannot_be_honoured_is_refused(options, schedule, told):
     for extra_args in both_spellings(options):
         with pytest.raises(ValueError) as error:
-            RequestOptions.of(extra_args).keep_ratios(schedule)
+            RequestOptions.of(extra_args).applied(schedule)
         assert re.search(told, str(error.value)), error.value
+
+
+@pytest.mark.parametrize("asked", ["rerank", "keep", None])
+@pytest.mark.parametrize("own", ["rerank", "keep"])
+def test_the_history_is_the_request_s_where_it_says_one(own, asked):
+    schedule = replace(PDROP, history=own, marker=(8, 9))
+    for extra_args in both_spellings({"history": asked, "tier": 64}):
+        applied = RequestOptions.of(extra_args).applied(schedule)
+        assert applied.history == (asked or own) and applied.keep != PDROP.keep
 
 
 def test_an_option_said_twice_is_refused():

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 from vllm.v1.request import RequestStatus
 
-from vllm_reroute.schedule import CONFIG_KEY
+from vllm_reroute.schedule import CONFIG_KEY, RoutingSchedule
 
 from .parts import feature, make_request
 from .scheduler_steps import Steps
@@ -33,6 +33,12 @@ STEPS = 60
 SCHEDULES = {
     "dense first": {"layers": [3, 5], "keep": [0.5, 0.25]},
     "encoder first": {"schedule": "nuwa"},
+    "keeps turns": {
+        "layers": [3, 5],
+        "keep": [0.5, 0.25],
+        "history": "keep",
+        "turn_marker": "ASSISTANT:",
+    },
 }
 
 
@@ -96,6 +102,8 @@ class Traffic(RuleBasedStateMachine):
         self.scheduler.max_num_encoder_input_tokens = encoder_step
         self.depth = 2 if asynchronous else 1
         self.number, self.all, self.idle = 0, [], 0
+        # Empty where turns are not kept.
+        self.marker = [*RoutingSchedule.of(self.config).marker]
 
     def teardown(self):
         if not hasattr(self, "steps"):
@@ -116,6 +124,7 @@ class Traffic(RuleBasedStateMachine):
         assert not encoder_cache.request_cached_ids and not any(encoder_cache.cached.values())
         self.seen["reused"] += self.steps.worker.num_reused
         self.seen["fetched"] += self.steps.worker.num_fetched
+        self.seen["copied"] += self.steps.worker.num_copied
         for request in self.all:
             self.seen["preempted"] += request.num_preemptions
             if request.status is RequestStatus.FINISHED_LENGTH_CAPPED:
@@ -132,9 +141,10 @@ class Traffic(RuleBasedStateMachine):
                 tokens += self._words(chance, chance.choice((0, 1, 4, 5, 9)))
                 pictures.append(self._picture(chance, len(tokens)))
                 tokens += [0] * pictures[-1].mm_position.length
+                tokens += self._question(chance) if chance.random() < 0.5 else []
             # The last token must be text, but a placeholder may end with it.
             ends = bool(pictures) and pictures[-1].identifier == "c" and chance.random() < 0.5
-            tokens += self._words(chance, 0 if ends else chance.randint(1, 20))
+            tokens += self._words(chance, 0 if ends else chance.randint(1, 20)) + self.marker
             self._add(chance, tokens, pictures)
 
     @precondition(lambda self: self.all)
@@ -148,16 +158,16 @@ class Traffic(RuleBasedStateMachine):
                 self._add(chance, list(before.prompt_token_ids), before.mm_features)
             return
         if what == "next turn":
-            tokens = [*before.all_token_ids, *self._words(chance, chance.randint(1, 9))]
+            tokens = [*before.all_token_ids, *self._question(chance)]
         else:
             end = max(
                 (f.mm_position.offset + f.mm_position.length for f in before.mm_features), default=4
             )
-            tokens = [*before.prompt_token_ids[:end], *self._words(chance, chance.randint(1, 9))]
+            tokens = [*before.prompt_token_ids[:end], *self._question(chance)]
         pictures = list(before.mm_features)
         if chance.random() < 0.3:
             pictures.append(self._picture(chance, len(tokens)))
-            tokens += [0] * pictures[-1].mm_position.length + self._words(chance, 3)
+            tokens += [0] * pictures[-1].mm_position.length + self._question(chance)
         if len(tokens) < LONGEST - 2:
             self._add(chance, tokens, pictures)
 
@@ -165,6 +175,9 @@ class Traffic(RuleBasedStateMachine):
         """One of two ways to go on."""
         first = chance.choice((100, 100, 200))
         return [*range(first, first + count)]
+
+    def _question(self, chance):
+        return self._words(chance, chance.randint(1, 9)) + self.marker
 
     def _picture(self, chance, offset):
         """One of three; some placeholders hold separators, also behind the last visual token."""
@@ -184,6 +197,9 @@ class Traffic(RuleBasedStateMachine):
             arrival_time=float(self.number),
             cache_salt=chance.choice((None, None, None, "salt")),
         )
+        if self.marker:
+            own = chance.choice((None, None, {"history": "rerank"}, {"keep": [0.25, 0.25]}))
+            request.sampling_params.extra_args = own and {"reroute": own}
         self.all.append(request)
         self.steps.add(request)
 
@@ -237,4 +253,5 @@ def test_any_history_keeps_the_books_and_ends(configs, name):
     )
     assert seen["steps"] > 100 * EXAMPLES
     # It was about something: blocks were short, prompts began alike, tokens waited in pages.
-    assert all(seen[what] > EXAMPLES for what in ("preempted", "reused", "fetched")), seen
+    kinds = ["preempted", "reused", "fetched", *["copied"] * (name == "keeps turns")]
+    assert all(seen[what] > EXAMPLES for what in kinds), seen

@@ -104,7 +104,7 @@ def test_a_mixed_batch():
         (2, 9, 22, 8),
         (4, 32, 33, 0),
     ]
-    assert [p.num_prompt_rows for p in step.prefills] == [22, 30], "generated tokens are none"
+    assert [p.num_turn_rows for p in step.prefills] == [22, 30], "generated tokens are none"
     assert step.boundary.fetched.position.tolist() == [8, 9, 10, 11]
     assert set(step.boundary.fetched.request.tolist()) == {2}
 
@@ -135,7 +135,8 @@ def test_a_prefill_knows_its_request():
 def test_the_seed_is_the_prompt_s():
     one, other = (RequestRouting.of(IMAGE, range(n), SCHEDULE, BLOCK) for n in (30, 31))
     again = RequestRouting.of(TWO_IMAGES, list(range(30)), SCHEDULE, BLOCK)
-    assert one.seed == again.seed != other.seed
+    seeds = [routing.seed(routing.turns.turns[-1]) for routing in (one, again, other)]
+    assert seeds[0] == seeds[1] != seeds[2]
 
 
 def test_lengths_are_what_attention_kernels_take():
@@ -240,7 +241,7 @@ def _check_prefills(step, batch, did):
         assert prefill.num_tokens == len(d.candidates)
         assert prefill.first == d.candidates[0]
         prompt_rows = [p for p in d.candidates if p < batch[prefill.index].num_prompt]
-        assert prefill.num_prompt_rows == len(prompt_rows)
+        assert prefill.num_turn_rows == len(prompt_rows)
 
 
 def _check_rows(step, did):

@@ -102,7 +102,7 @@ def test_any_step(options, three, seed):
         # Few different scores, so that there are ties.
         scores = [float(rng.randint(0, 4)) for _ in range(count)]
         state.scores = reader.table(scores)
-        assert state.prompts.width == state.scores.shape[1]
+        assert state.prompts(stage).width == state.scores.shape[1]
         state.choose(stage, removes=decision.removes)
         running = reader.chosen(scores, stage)
         assert state.running.rows.tolist() == running
@@ -128,7 +128,7 @@ def test_waiting_tokens_come_back_unchanged():
     plan = plan_of(batch, schedule)
     stream = torch.randn(plan.candidates.num_tokens, HIDDEN)
     state = TokenState(plan, stream.clone(), torch.arange(len(stream)))
-    state.scores = torch.rand(len(plan.prefills), state.prompts.width)
+    state.scores = torch.rand(len(plan.prefills), state.prompts(1).width)
     state.choose(1, removes=False)
     waiting = sorted(set(range(len(stream))) - set(state.running.rows.tolist()))
     state.hidden, state.residual = torch.full_like(state.hidden, 5), state.hidden
@@ -145,4 +145,4 @@ def test_a_step_without_prefills_decides_nothing():
     assert plan.boundary is not None and not plan.prefills
     count = plan.candidates.num_tokens
     state = TokenState(plan, torch.zeros(count, HIDDEN), torch.zeros(count))
-    assert state.prompts is None and state.running is state.candidates
+    assert state.running is state.candidates

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 
+from vllm_reroute.plan.turns import cut_at_markers
 from vllm_reroute.plan.visual_spans import VISUAL_MODALITIES, VisualSpans
 from vllm_reroute.schedule import RoutingSchedule
 from vllm_reroute.schedule.request_options import KEY, RequestOptions
@@ -24,7 +25,8 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     Raises VLLMValidationError, which the API server answers with HTTP 400.
     """
     schedule = RoutingSchedule.of(vllm_config)
-    check_options(getattr(request.sampling_params, "extra_args", None), schedule)
+    extra_args = getattr(request.sampling_params, "extra_args", None)
+    check_options(extra_args, schedule)
     features = request.mm_features or ()
     spans = VisualSpans.of(features)
     if spans is None:
@@ -33,6 +35,7 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     if schedule.encoder_ratio is not None:
         check_images_only({feature.modality for feature in features})
     check_text_follows(spans.end, num_prompt)
+    check_turns(spans, request.prompt_token_ids or (), extra_args, schedule)
     if request.resumable:
         raise VLLMValidationError(
             "Streamed input with images is not available under visual-token routing: a decision "
@@ -48,7 +51,7 @@ def check_options(extra_args: Mapping[str, Any] | None, schedule: RoutingSchedul
     try:
         options = RequestOptions.of(extra_args)
         if options is not None:
-            options.keep_ratios(schedule)
+            options.applied(schedule)
     except ValueError as error:
         given = [name for name in extra_args or () if name.startswith(KEY)]
         raise VLLMValidationError(
@@ -105,6 +108,30 @@ def check_text_follows(end: int, num_prompt: int) -> None:
             parameter="prompt",
             value=num_prompt,
         )
+
+
+def check_turns(
+    spans: VisualSpans | None,
+    prompt: Sequence[int],
+    extra_args: Mapping[str, Any] | None,
+    schedule: RoutingSchedule,
+) -> None:
+    """Refuse a request that keeps its turns, but does not end the one with its last picture."""
+    options = RequestOptions.of(extra_args)
+    if spans is None or ((options and options.history) or schedule.history) != "keep":
+        return
+    try:
+        cut_at_markers(spans, prompt, schedule.marker)
+    except ValueError as error:
+        raise VLLMValidationError(
+            f"The prompt has {error}: with --reroute-history keep the question that comes with a "
+            "picture ranks it, and ends where the prompt asks the assistant to speak. End the prompt "
+            "with the chat template's generation prompt (add_generation_prompt), start the server "
+            "with --reroute-turn-marker and the text this format uses, or ask for reroute_history "
+            "'rerank'.",
+            parameter="prompt",
+            value=len(prompt),
+        ) from error
 
 
 def check_images_only(modalities: Collection[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.schedule import RoutingSchedule, is_routed
 from vllm_reroute.vllm_seams.hook import Hook
 
@@ -30,11 +31,21 @@ async def _preprocess_chat(
     conversation, engine_inputs = await original(self, request, *args, **kwargs)
     vllm_config = self.renderer.config
     if is_routed(vllm_config):
-        from vllm_reroute.admission.checks import check_asked, check_options, has_images
+        from vllm_reroute.admission.checks import (
+            check_asked,
+            check_options,
+            check_turns,
+            has_images,
+        )
 
-        check_options(getattr(request, "vllm_xargs", None), RoutingSchedule.of(vllm_config))
-        if any(has_images(one.get("mm_placeholders", ())) for one in engine_inputs):
-            check_asked(request)
+        extra_args, schedule = getattr(request, "vllm_xargs", None), RoutingSchedule.of(vllm_config)
+        check_options(extra_args, schedule)
+        for one in engine_inputs:
+            places = one.get("mm_placeholders", {})
+            if has_images(places):
+                check_asked(request)
+                spans = VisualSpans.of_ranges(places)
+                check_turns(spans, one["prompt_token_ids"], extra_args, schedule)
     return conversation, engine_inputs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vllm_reroute import __version__
 from vllm_reroute.command_line.calibrate import add_calibrate
@@ -17,6 +18,9 @@ from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprin
 from vllm_reroute.schedule.options import RerouteOptions
 from vllm_reroute.schedule.published import SCHEDULES, TIERS
 from vllm_reroute.startup.flags import add_reroute_flags, options_from_flags
+
+if TYPE_CHECKING:
+    from vllm_reroute.schedule.cost_model import RequestCost
 
 EXAMPLE = "vllm-reroute plan --model llava-1.5 --reroute-schedule pdrop --reroute-tier 64"
 
@@ -64,6 +68,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument(
         "--images", type=_positive, default=1, help="images of the request (default: 1)"
+    )
+    plan.add_argument(
+        "--turns",
+        type=_positive,
+        metavar="N",
+        help="also: a conversation of N questions and answers",
+    )
+    plan.add_argument(
+        "--questions-per-image",
+        type=_positive,
+        metavar="M",
+        help="of the conversation, before a new picture comes (default: all of them)",
     )
     plan.add_argument(
         "--devices", type=_positive, default=1, help="tensor-parallel devices (default: 1)"
@@ -158,7 +174,32 @@ def _plan(args: argparse.Namespace) -> list[str]:
         f"  (16-bit K/V, {'one device' if args.devices == 1 else f'each of {args.devices} devices'})",
         "",
         *prediction_lines(cost, footprint, hardware),
+        *_conversation(args, cost, num_visual),
     ]
+
+
+def _conversation(args: argparse.Namespace, cost: RequestCost, num_visual: int) -> list[str]:
+    from vllm_reroute.command_line.conversations import conversation_lines
+    from vllm_reroute.schedule.conversation_cost import ConversationCost
+
+    if args.turns is None:
+        if args.questions_per_image is not None:
+            raise ValueError(
+                f"--questions-per-image {args.questions_per_image} is about a conversation. Add "
+                "--turns N, or leave it out."
+            )
+        return []
+    conversation = ConversationCost(
+        decoder=cost.decoder,
+        vision=cost.vision,
+        schedule=cost.schedule,
+        num_visual=num_visual,
+        turns=args.turns,
+        questions_per_image=args.questions_per_image or args.turns,
+        question=max(1, args.text_tokens // 2),
+        answer=args.text_tokens // 2,
+    )
+    return ["", *conversation_lines(conversation)]
 
 
 def _schedules(_: argparse.Namespace) -> list[str]:

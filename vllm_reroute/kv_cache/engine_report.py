@@ -70,5 +70,15 @@ def _request_lines(schedule: RoutingSchedule) -> list[str]:
         return []
     return [
         "a request may choose its own budget (reroute_tier, reroute_budget, reroute_keep or "
-        "reroute_schedule none): the pool is one, and each is admitted by its own K/V"
+        "reroute_schedule none): the pool is one, and each is admitted by its own K/V",
+        *_history_lines(schedule),
+    ]
+
+
+def _history_lines(schedule: RoutingSchedule) -> list[str]:
+    if not schedule.marker:
+        return []
+    return [
+        "a request may choose what later turns do with its pictures (reroute_history rerank or keep; "
+        f"here {schedule.history} unless it says so)"
     ]

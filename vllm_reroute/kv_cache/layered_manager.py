@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
@@ -46,6 +46,15 @@ class LayeredManager(FullAttentionManager):
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         """Always 0: cascade attention would need equal slots in every request."""
         return 0
+
+    def put(self, request_id: str, index: int, key: Any) -> None:
+        """Offer the request's blocks of `block_size` tokens number `index` under one more key."""
+        first = index * self.num_layers
+        blocks = self.req_to_blocks[request_id][first : first + self.num_layers]
+        for cache_id, block in zip(self.cache_ids, blocks, strict=True):
+            self.block_pool._insert_block_hash(
+                make_block_hash_with_group_id(key, cache_id), block, num_tokens=None
+            )
 
     def offer(self, request: Request, num_tokens: int) -> None:
         """Offer the full blocks of the request's first `num_tokens` tokens for reuse."""

@@ -1,4 +1,4 @@
-"""Pages of parked states: where prompt tokens wait between a step and the first decision."""
+"""Pages of parked states: where a turn's tokens wait between a step and the first decision."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from vllm_reroute.plan.request_routing import RequestRouting
 
 
 class ParkedManager(LayeredManager):
-    """An image prompt's tokens from its text prefix on, until its decisions have been taken.
+    """A turn's tokens until its decisions have been taken; of a prompt of one turn, from its text
+    prefix on.
 
-    A table is as long as the prompt: entries before the text prefix are the null block. Pages go
+    A table is as long as the prompt: entries before the turn's block are the null block. Pages go
     back to the pool right after the step that takes the decisions is scheduled; the prefix cache
-    may still find them there. Where it is off, only pages that a later step reads are allocated:
-    none for a prompt that runs in one step.
+    may still find those of a prompt of one turn there. Where it is off, and where turns are kept,
+    only pages that a later step reads are allocated: none for a turn that runs in one step.
     """
 
     def get_num_blocks_to_allocate(
@@ -54,18 +55,31 @@ class ParkedManager(LayeredManager):
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Offer full pages for reuse."""
         routing = self.live.of(request)
-        if routing is not None:
+        if routing is not None and not routing.keeps_turns:
             self.offer(request, min(num_tokens, routing.num_prompt))
 
     @property
     def holders(self) -> list[str]:
         """Requests that hold pages."""
-        return [request_id for request_id, blocks in self.req_to_blocks.items() if blocks]
+        return [
+            request_id
+            for request_id, blocks in self.req_to_blocks.items()
+            if blocks and not blocks[-1].is_null
+        ]
 
     def release(self, request_id: str) -> None:
-        """Every stage has the prompt: its parked states are only good for the prefix cache."""
-        blocks = self.req_to_blocks.pop(request_id)
-        self.block_pool.free_blocks(block for block in reversed(blocks) if not block.is_null)
+        """Every stage has the turn: its parked states are only good for the prefix cache."""
+        request, blocks = self.live.requests[request_id], self.req_to_blocks[request_id]
+        turns = self.live.of(request).turns.turns
+        later = next((turn for turn in turns if turn.end > request.num_computed_tokens), None)
+        if later is None:
+            freed = self.req_to_blocks.pop(request_id)
+        else:
+            # Tables only grow, so the entries stay, and pages that a later turn begins in.
+            kept = later.begin // self.block_size * self.num_layers
+            freed = blocks[:kept]
+            blocks[:kept] = [self._null_block] * len(freed)
+        self.block_pool.free_blocks(block for block in reversed(freed) if not block.is_null)
 
     def pop_layer_blocks(self, request_id: str) -> list[LayerBlocks]:
         of_tokens = super().pop_layer_blocks(request_id)
@@ -76,22 +90,27 @@ class ParkedManager(LayeredManager):
     ) -> tuple[int, int]:
         """Table entries [first, end) that hold pages once `num_tokens` tokens have run.
 
-        in_one_step: whether all that is missing runs in one step; else the whole prompt may have
-        to wait in pages.
+        in_one_step: whether all that is missing runs in one step; else whole turns may have to wait
+        in pages, one after the other.
         """
         routing = self.live.of_id(request_id)
         if routing is None:
             return 0, 0
-        request = self.live.requests[request_id]
-        if request.num_computed_tokens >= routing.num_prompt:
+        turns = routing.turns.turns
+        if self.live.requests[request_id].num_computed_tokens >= turns[-1].end:
             return 0, 0
-        first = routing.text_prefix // self.block_size
-        end = self._num_pages(routing, num_tokens, in_one_step)
+        first, end = self._pages(routing, num_tokens)
+        if not in_one_step and routing.num_prompt > self.live.max_step_tokens:
+            each = [(t.begin // self.block_size, cdiv(t.end, self.block_size)) for t in turns]
+            first, end = max(each, key=lambda pages: pages[1] - pages[0])
         return first * self.num_layers, end * self.num_layers
 
-    def _num_pages(self, routing: RequestRouting, num_tokens: int, in_one_step: bool) -> int:
-        if num_tokens < routing.num_prompt:
-            return cdiv(num_tokens, self.block_size) if num_tokens > routing.text_prefix else 0
-        if not in_one_step and routing.num_prompt > self.live.max_step_tokens:
-            return cdiv(routing.num_prompt, self.block_size)
-        return routing.num_prompt // self.block_size if self.live.offers_parked else 0
+    def _pages(self, routing: RequestRouting, num_tokens: int) -> tuple[int, int]:
+        """Blocks of tokens [first, end) that are in pages once `num_tokens` tokens have run."""
+        turn = routing.turns.open_at(num_tokens)
+        if turn is not None:
+            return turn.begin // self.block_size, cdiv(num_tokens, self.block_size)
+        offers = self.live.offers_parked and not routing.keeps_turns
+        if offers and num_tokens >= routing.num_prompt:
+            return routing.text_prefix // self.block_size, routing.num_prompt // self.block_size
+        return 0, 0

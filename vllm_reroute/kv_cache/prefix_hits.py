@@ -7,6 +7,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request
 
+from vllm_reroute.kv_cache.kept_turns import KeptTurns
 from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.parked_manager import ParkedManager
 from vllm_reroute.kv_cache.stage_manager import StageManager
@@ -20,11 +21,13 @@ class PrefixHits:
     question is cached: K/V of the stages before the first decision, and the states parked at its
     input. Both are needed to go on from there, and neither may be missing. So stages hold hits of
     two lengths. The prompt's last token is never a hit: the step that runs it takes the decisions.
+
+    Where a request keeps its turns, more is cached: see `KeptTurns`.
     """
 
-    def __init__(self, manager: KVCacheManager, live: LiveRouting) -> None:
+    def __init__(self, manager: KVCacheManager, live: LiveRouting, kept: KeptTurns) -> None:
         self.manager = manager
-        self.live = live
+        self.live, self.kept = live, kept
         managers = manager.coordinator.single_type_managers
         self._parked = next(m for m in managers if isinstance(m, ParkedManager))
         self._reusable = [self._parked, *self._before_decisions(managers)]
@@ -40,6 +43,9 @@ class PrefixHits:
         routing = self.live.of(request)
         if routing is None or not self.manager.prefix_cache_lookup_enabled(request):
             return self._stock(request)
+        if routing.keeps_turns:
+            blocks, hit = self.kept.find(request, routing)
+            return self.manager.create_kv_cache_blocks(tuple(blocks)), hit, 0
         found, hit, _ = self.manager.coordinator.find_longest_cache_hit(
             request.block_hashes, routing.text_prefix
         )

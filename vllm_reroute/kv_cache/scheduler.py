@@ -13,6 +13,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_reroute.admission.engine_core import ENGINE_CORE
 from vllm_reroute.kv_cache.decode_blocks import DecodeBlocks
 from vllm_reroute.kv_cache.engine_report import engine_report
+from vllm_reroute.kv_cache.kept_turns import KeptTurns
 from vllm_reroute.kv_cache.layered_manager import LayeredManager
 from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.parked_manager import ParkedManager
@@ -26,9 +27,10 @@ logger = reroute_logger(__name__)
 class RoutedSchedulerMixin:
     """What routing adds to either of vLLM's schedulers.
 
-    Prompts are chunked and reuse the prefix cache as in vLLM. The step that runs an image prompt's
-    last token also runs its text and candidates through all stages after the first decision,
-    tokens of earlier steps included: such rows are charged too, see `_hold_back`.
+    Prompts are chunked and reuse the prefix cache as in vLLM. The step that runs a turn's last token
+    (that of an image prompt, unless its history keeps its choice) also runs its text and candidates
+    through all stages after the first decision, tokens of earlier steps included: such rows are
+    charged too, see `_hold_back`. A step ends no more than one turn of a request.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -48,7 +50,8 @@ class RoutedSchedulerMixin:
         self.parked_pages: ParkedManager = next(
             manager for manager in managers if isinstance(manager, ParkedManager)
         )
-        hits = PrefixHits(self.kv_cache_manager, self.live)
+        self.kept_turns = KeptTurns(self.kv_cache_manager, self.live)
+        hits = PrefixHits(self.kv_cache_manager, self.live, self.kept_turns)
         self.kv_cache_manager.get_computed_blocks = hits.get_computed_blocks
         self.decode_blocks = DecodeBlocks(self.kv_cache_manager, self.live)
         self.kv_cache_manager.allocate_slots = self.decode_blocks.allocate_slots
@@ -60,8 +63,11 @@ class RoutedSchedulerMixin:
         output = super().schedule(*args, **kwargs)
         for request_id in self.parked_pages.holders:
             request = self.requests[request_id]
-            if request.num_computed_tokens >= request.num_prompt_tokens:
+            if self.live.of(request).turns.open_at(request.num_computed_tokens) is None:
                 self.parked_pages.release(request_id)
+        if self.live.schedule.marker and self.live.offers_parked:
+            for request_id in output.num_scheduled_tokens:
+                self.kept_turns.offer(self.requests[request_id])
         return output
 
     def _try_schedule_encoder_inputs(
@@ -73,10 +79,14 @@ class RoutedSchedulerMixin:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[list[int], int, int, list[int], list[int]]:
-        """As the base; a prompt whose decisions do not fit this step stops before its last token."""
+        """As the base, up to the end of a turn; one whose decisions do not fit this step stops before
+        its last token."""
         if num_computed_tokens >= request.num_prompt_tokens:
             # All images are behind: nothing to look up in a decode step.
             return [], num_new_tokens, encoder_compute_budget, [], []
+        end = self._turn_end(request, num_computed_tokens)
+        if end is not None and end < request.num_prompt_tokens:
+            num_new_tokens = min(num_new_tokens, end - num_computed_tokens)
         inputs, num_new_tokens, *rest = super()._try_schedule_encoder_inputs(
             request,
             num_computed_tokens,
@@ -85,21 +95,25 @@ class RoutedSchedulerMixin:
             *args,
             **kwargs,
         )
-        if self._hold_back(request, num_computed_tokens, num_new_tokens):
-            num_new_tokens = request.num_prompt_tokens - 1 - num_computed_tokens
+        if end is not None and self._hold_back(end, num_computed_tokens, num_new_tokens):
+            num_new_tokens = end - 1 - num_computed_tokens
         if num_new_tokens == 0 and request.status is not RequestStatus.RUNNING:
             # It stays in the queue: what the base has reserved for it, others may need.
             self.encoder_cache_manager.free(request)
         return inputs, num_new_tokens, *rest
 
-    def _hold_back(self, request: Request, num_computed: int, num_new: int) -> bool:
-        """Whether taking the request's decisions now would make the step too large.
+    def _turn_end(self, request: Request, num_computed: int) -> int | None:
+        """End of the turn that is decided next."""
+        routing = self.live.of(request)
+        return None if routing is None else routing.turns.next_end(num_computed)
+
+    def _hold_back(self, end: int, num_computed: int, num_new: int) -> bool:
+        """Whether taking the decisions of a turn that ends at `end` now would make the step too large.
 
         A decision looks at its prompts side by side, padded to the longest: together no more than a
         step's tokens, or one prompt's.
         """
-        routing = self.live.of(request)
-        if routing is None or not num_computed < routing.num_prompt <= num_computed + num_new:
+        if num_computed + num_new < end:
             return False
         count, width = self._deciding
         count, width = count + 1, max(width, num_computed + num_new)
@@ -118,6 +132,7 @@ class RoutedSchedulerMixin:
         their blocks in the prefix cache as if they had run.
         """
         self.decode_blocks.forget(request)
+        self.kept_turns.forget(request)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         for manager in managers:
             manager.withdraw(request)

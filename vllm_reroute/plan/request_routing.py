@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
+from vllm_reroute.plan.turns import Turn, Turns, cut_at_markers
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.schedule import RoutingSchedule
 from vllm_reroute.schedule.request_options import RequestOptions
@@ -23,17 +24,21 @@ from vllm_reroute.schedule.request_options import RequestOptions
 class RequestRouting:
     """What stays the same for one image request over its whole life.
 
-    spans: its visual tokens. prompt: its token ids; the last one scores. kept: per stage, the
-    visual tokens that run there. text_prefix: prompt tokens before the block that holds the first
-    visual one; they run like text and are cached like text, in all stages.
+    spans: its visual tokens. prompt: its token ids. turns: what is ranked together, and by which
+    token; a single one that ends with the prompt, unless its history keeps its choice. keep: ratios
+    per decision layer. text_prefix: prompt tokens before the block that holds the first visual one;
+    they run like text and are cached like text, in all stages.
     dense_stages: stages before the first decision, 1 or 0: they run every token.
+    keeps_turns: whether what finished turns have kept stays, see `Turns`.
     """
 
     spans: VisualSpans
     prompt: Sequence[int]
-    kept: tuple[int, ...]
+    turns: Turns
+    keep: tuple[float, ...]
     text_prefix: int
     dense_stages: int
+    keeps_turns: bool
 
     @classmethod
     def of(
@@ -47,19 +52,31 @@ class RequestRouting:
         """None for a request without visual tokens.
 
         block_size: tokens per K/V block. extra_args: the request's, which may choose how much it
-        keeps; raises ValueError for a choice that admission should have refused.
+        keeps, and what becomes of it in later turns; raises ValueError for what admission should
+        have refused.
         """
         if spans is None:
             return None
         options = RequestOptions.of(extra_args)
         if options is not None:
-            schedule = replace(schedule, keep=options.keep_ratios(schedule))
+            schedule = options.applied(schedule)
+        prompt = prompt or ()
+        text_prefix = spans.first // block_size * block_size
+        keeps_turns = schedule.history == "keep"
+        if keeps_turns:
+            cut = cut_at_markers(spans, prompt, schedule.marker)
+            turns = tuple(Turn(*turn, _kept(schedule, turn[-1:])) for turn in cut)
+        else:
+            kept = _kept(schedule, spans.sizes)
+            turns = (Turn(text_prefix, len(prompt), spans.num_visual, kept),)
         return cls(
             spans=spans,
-            prompt=prompt or (),
-            kept=_kept(schedule, spans.sizes),
-            text_prefix=spans.first // block_size * block_size,
+            prompt=prompt,
+            turns=Turns(turns),
+            keep=schedule.keep,
+            text_prefix=text_prefix,
             dense_stages=int(schedule.encoder_ratio is None),
+            keeps_turns=keeps_turns,
         )
 
     @property
@@ -68,26 +85,25 @@ class RequestRouting:
         return len(self.prompt)
 
     @cached_property
+    def kept(self) -> tuple[int, ...]:
+        """[stages]: visual tokens that run there, of all turns."""
+        return tuple(map(sum, zip(*(turn.kept for turn in self.turns.turns), strict=True)))
+
+    @cached_property
     def deferred(self) -> np.ndarray:
         """[stages] int64: visual tokens that do NOT run there."""
         return self.spans.num_visual - np.array(self.kept, dtype=np.int64)
 
-    @cached_property
-    def seed(self) -> int:
-        """A number that depends on the prompt alone, so that chance falls the same way again."""
-        return zlib.crc32(np.asarray(self.prompt, dtype=np.int64).tobytes())
+    def seed(self, turn: Turn) -> int:
+        """A number that depends on the prompt up to a turn's end alone, so that chance falls the
+        same way again."""
+        return zlib.crc32(np.asarray(self.prompt[: turn.end], dtype=np.int64).tobytes())
 
     def kv_length(self, stage: int, num_computed: int) -> int:
-        """K/V entries of a stage once `num_computed` tokens have run the step they were given.
-
-        A stage after the first decision has run the text prefix until the prompt's last token is
-        there; then its decisions are taken, and it has run all text and what it keeps.
-        """
-        if num_computed >= self.num_prompt:
-            return num_computed - self.spans.num_visual + self.kept[stage]
+        """K/V entries of a stage once `num_computed` tokens have run the step they were given."""
         if stage < self.dense_stages:
             return num_computed
-        return min(num_computed, self.text_prefix)
+        return self.turns.length(stage, num_computed)
 
 
 @lru_cache(maxsize=4096)

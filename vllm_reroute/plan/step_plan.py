@@ -1,13 +1,15 @@
 """The plan of one engine step: which requests run which rows in which stage.
 
-A prompt's progress is a function of the tokens it has run, not a state. With F its text prefix, P
-its length and n the tokens it has run, stages after the first decision have run
+A prompt's progress is a function of the tokens it has run, not a state. A turn of it ranks the
+visual tokens between its begin B and its end E (`turns.py`; a prompt is one turn unless its history
+keeps its choice). With n the tokens run, stages after the first decision have run
 
-    n <= F      n tokens
-    F < n < P   F tokens: the others have run the stages before it and are *parked* at its input
-    n >= P      all text and the visual tokens each stage keeps
+    n <= B      n tokens, without those that earlier turns have deferred
+    B < n < E   as with B: the others have run the stages before it and are *parked* at its input
+    n >= E      all text and the visual tokens each stage keeps
 
-so scheduler and worker need to tell each other nothing.
+so scheduler and worker need to tell each other nothing. In a step no more than one turn of a
+request ends.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from functools import cached_property
 import numpy as np
 
 from vllm_reroute.plan.request_routing import RequestRouting
+from vllm_reroute.plan.turns import Turn
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,11 @@ class StageLengths:
 
 @dataclass(frozen=True)
 class ImagePrefill:
-    """A request whose decisions are taken in this step.
+    """A request that has a turn decided in this step.
 
     index: its row in the step's batch. start: its first candidate among the step's. num_tokens: its
-    candidates. first: prompt position of the first of them; text before it is in the stages' K/V
-    already. routing: its lasting facts.
+    candidates. first: prompt position of the first of them; the stages' K/V holds what is before it
+    already. routing: its lasting facts. turn: the one that ends.
     """
 
     index: int
@@ -68,11 +71,26 @@ class ImagePrefill:
     num_tokens: int
     first: int
     routing: RequestRouting
+    turn: Turn
 
     @property
-    def num_prompt_rows(self) -> int:
-        """Candidates that belong to the prompt; a resumed request runs generated tokens too."""
-        return self.routing.num_prompt - self.first
+    def num_turn_rows(self) -> int:
+        """Candidates up to the turn's end; what follows it may run in the same step."""
+        return self.turn.end - self.first
+
+    @property
+    def is_later_turn(self) -> bool:
+        """Whether earlier turns of the prompt have been decided."""
+        return self.turn is not self.routing.turns.turns[0]
+
+    @property
+    def seed(self) -> int:
+        """What chance depends on."""
+        return self.routing.seed(self.turn)
+
+    def num_held(self, stage: int) -> int:
+        """Tokens before the first candidate that the stage has K/V of."""
+        return self.routing.kv_length(stage, self.first)
 
 
 @dataclass(frozen=True)
@@ -141,28 +159,83 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
+class BatchTurns:
+    """All turns of a batch as arrays.
+
+    request, begin, end: [turns] int64. deferred: [stages, turns] int64.
+    """
+
+    request: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+    deferred: np.ndarray
+
+    @classmethod
+    def of(cls, routings: Sequence[RequestRouting | None], num_stages: int) -> BatchTurns:
+        turns = [
+            (i, turn.begin, turn.end, *map(turn.deferred, range(num_stages)))
+            for i, routing in enumerate(routings)
+            if routing is not None
+            for turn in routing.turns.turns
+        ]
+        table = np.array(turns, dtype=np.int64).reshape(len(turns), 3 + num_stages).T
+        return cls(table[0], table[1], table[2], table[3:])
+
+
+@dataclass(frozen=True)
 class BatchRouting:
     """The lasting facts of a batch's requests as arrays; text requests have a prompt of 0 tokens.
 
-    num_prompt, text_prefix: [requests] int64. deferred: [stages, requests] int64.
+    num_prompt, text_prefix: [requests] int64. settled: [requests] int64, end of the last turn: from
+    there on all that is not deferred runs everywhere. deferred: [stages, requests] int64, by then.
+    reuses_parked: bool [requests], whose parked states others may find.
     """
 
     routings: tuple[RequestRouting | None, ...]
     num_prompt: np.ndarray
     text_prefix: np.ndarray
+    settled: np.ndarray
     deferred: np.ndarray
+    reuses_parked: np.ndarray
+    turns: BatchTurns
 
     @classmethod
     def of(cls, routings: Sequence[RequestRouting | None], num_stages: int) -> BatchRouting:
-        num_prompt = np.zeros(len(routings), dtype=np.int64)
-        text_prefix = np.zeros(len(routings), dtype=np.int64)
+        num_prompt, text_prefix, settled = np.zeros((3, len(routings)), dtype=np.int64)
         deferred = np.zeros((num_stages, len(routings)), dtype=np.int64)
+        reuses_parked = np.zeros(len(routings), dtype=bool)
         for i, routing in enumerate(routings):
             if routing is not None:
                 num_prompt[i] = routing.num_prompt
                 text_prefix[i] = routing.text_prefix
+                settled[i] = routing.turns.turns[-1].end
                 deferred[:, i] = routing.deferred
-        return cls(tuple(routings), num_prompt, text_prefix, deferred)
+                reuses_parked[i] = not routing.keeps_turns
+        return cls(
+            tuple(routings),
+            num_prompt,
+            text_prefix,
+            settled,
+            deferred,
+            reuses_parked,
+            BatchTurns.of(routings, num_stages),
+        )
+
+    def later_stages(self, num_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What stages after the first decision have run once `num_tokens` [requests] tokens have run.
+
+        Positions [requests] they have come to, and the visual tokens [stages, requests] before them
+        that were deferred.
+        """
+        if (num_tokens >= self.settled).all():
+            return num_tokens, self.deferred
+        turns = self.turns
+        run = num_tokens[turns.request]
+        inside, over = (turns.begin < run) & (run < turns.end), turns.end <= run
+        reached, deferred = num_tokens.copy(), np.zeros_like(self.deferred)
+        reached[turns.request[inside]] = turns.begin[inside]
+        np.add.at(deferred.T, turns.request[over], turns.deferred[:, over].T)
+        return reached, deferred
 
 
 def plan_step(
@@ -182,14 +255,11 @@ def plan_step(
     the request reads.
     """
     end = num_computed + num_scheduled
-    prefilling = num_computed < batch.num_prompt
-    decided = end >= batch.num_prompt
     # Later stages run positions [first, last) of each request.
-    first = np.where(prefilling, np.minimum(num_computed, batch.text_prefix), num_computed)
-    last = np.where(decided, end, np.minimum(end, batch.text_prefix))
-    finishing = prefilling & decided
-    query = (last - first) - batch.deferred * finishing
-    held = last - batch.deferred * decided
+    first, deferred_before = batch.later_stages(num_computed)
+    last, deferred = batch.later_stages(end)
+    query = (last - first) - (deferred - deferred_before)
+    held = last - deferred
     query[:dense_stages], held[:dense_stages] = num_scheduled, end
     stages = tuple(
         StageLengths(lens, seqs)
@@ -197,11 +267,21 @@ def plan_step(
     )
     candidates = StageLengths((last - first).astype(np.int32), last.astype(np.int32))
     num_tokens = int(num_scheduled.sum())
-    if not (prefilling & (end > batch.text_prefix)).any():
+    turns = batch.turns
+    ending = (num_computed[turns.request] < turns.end) & (turns.end <= end[turns.request])
+    if not ending.any() and (first == num_computed).all() and (last == end).all():
         return StepPlan(num_tokens, stages, candidates)
+    assert np.bincount(turns.request[ending]).max(initial=0) <= 1, "two turns end in one step"
     boundary = _plan_boundary(
-        num_computed, num_scheduled, batch, candidates, first, block_size, offers_parked
+        num_computed,
+        num_scheduled,
+        batch,
+        candidates,
+        first,
+        _parks(batch, end, last, ending, block_size, offers_parked),
+        block_size,
     )
+    decided = dict(zip(turns.request[ending].tolist(), turns.end[ending].tolist(), strict=True))
     prefills = tuple(
         ImagePrefill(
             index=i,
@@ -209,10 +289,30 @@ def plan_step(
             num_tokens=int(candidates.query_lens[i]),
             first=int(first[i]),
             routing=batch.routings[i],
+            turn=next(turn for turn in batch.routings[i].turns.turns if turn.end == turn_end),
         )
-        for i in finishing.nonzero()[0].tolist()
+        for i, turn_end in decided.items()
     )
     return StepPlan(num_tokens, stages, candidates, prefills, boundary)
+
+
+def _parks(
+    batch: BatchRouting,
+    end: np.ndarray,
+    last: np.ndarray,
+    ending: np.ndarray,
+    block_size: int,
+    offers_parked: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions [begin, end) of each request that belong in pages after the step, as far as it runs
+    them: those that wait for their question, and those that others may find."""
+    begin, stop = last.copy(), end.copy()
+    if offers_parked:
+        offered = ending & batch.reuses_parked[batch.turns.request]
+        request = batch.turns.request[offered]
+        begin[request] = batch.turns.begin[offered]
+        stop[request] = batch.num_prompt[request] // block_size * block_size
+    return begin, stop
 
 
 def _plan_boundary(
@@ -221,8 +321,8 @@ def _plan_boundary(
     batch: BatchRouting,
     candidates: StageLengths,
     first: np.ndarray,
+    parks: tuple[np.ndarray, np.ndarray],
     block_size: int,
-    offers_parked: bool,
 ) -> Boundary:
     """Rows that move between the step, the parked pages and the first decision."""
     end = num_computed + num_scheduled
@@ -237,13 +337,8 @@ def _plan_boundary(
     step_request = np.arange(len(num_scheduled)).repeat(num_scheduled)
     step_rows = np.arange(len(step_request))
     position = step_rows - starts[step_request] + num_computed[step_request]
-    park_end = np.where(
-        end < batch.num_prompt,
-        end,
-        batch.num_prompt // block_size * block_size if offers_parked else 0,
-    )
-    parks = (position >= batch.text_prefix[step_request]) & (position < park_end[step_request])
-    rows = step_rows[parks]
+    park_begin, park_end = (part[step_request] for part in parks)
+    rows = step_rows[(position >= park_begin) & (position < park_end)]
 
     # Text-only requests have a prompt of 0 tokens here: all they run is text of their own.
     text_end = np.where(batch.num_prompt == 0, end, batch.text_prefix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from vllm.multimodal.inputs import MultiModalFeatureSpec
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 VISUAL_MODALITIES = ("image", "video")
 
@@ -41,10 +41,21 @@ class VisualSpans:
         """
         if not mm_features:
             return None
+        return cls._of_places(
+            [one.mm_position for one in mm_features if one.modality in VISUAL_MODALITIES]
+        )
+
+    @classmethod
+    def of_ranges(cls, places: Mapping[str, Sequence[PlaceholderRange]]) -> VisualSpans | None:
+        """The same from the places of a rendered prompt's items, by modality."""
+        return cls._of_places(
+            [place for name in VISUAL_MODALITIES for place in places.get(name, ())]
+        )
+
+    @classmethod
+    def _of_places(cls, places: Sequence[PlaceholderRange]) -> VisualSpans | None:
         of_items = [
-            [(first, last + 1) for first, last in feature.mm_position.extract_embeds_range()]
-            for feature in mm_features
-            if feature.modality in VISUAL_MODALITIES
+            [(first, last + 1) for first, last in place.extract_embeds_range()] for place in places
         ]
         spans = sorted(span for of_item in of_items for span in of_item)
         if not spans:

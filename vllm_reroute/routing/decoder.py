@@ -189,7 +189,7 @@ class RoutedDecoder(nn.Module):
         """Score and choose at a layer's input, where the schedule says so."""
         decision = next((d for d in self.schedule.decisions if d.layer == layer), None)
         scored = next((d for d in self.schedule.decisions if d.scored_at == layer), None)
-        if (decision is None and scored is None) or tokens.prompts is None:
+        if (decision is None and scored is None) or not tokens.plan.prefills:
             return
         tokens.merge()
         accumulates = self.schedule.scorer == "accumulated"
@@ -197,15 +197,16 @@ class RoutedDecoder(nn.Module):
             stage = self.schedule.stage_of(scored.layer)
             if accumulates or not tokens.keeps_all(stage):
                 found = self._scorers[layer].score(
-                    tokens.candidates.stream, tokens.candidates.positions, tokens.prompts
+                    tokens.candidates.stream, tokens.candidates.positions, tokens.prompts(stage)
                 )
                 adds = accumulates and tokens.scores is not None
                 tokens.scores = tokens.scores + found if adds else found
         if decision is not None:
+            stage = self.schedule.stage_of(layer)
             if decision.scored_at is None:
                 assert encoder_scores is not None, "images without the encoder's decision"
-                tokens.scores = prompt_scores(encoder_scores, tokens.prompts)
-            choice = tokens.choose(self.schedule.stage_of(layer), removes=decision.removes)
+                tokens.scores = prompt_scores(encoder_scores, tokens.prompts(stage))
+            choice = tokens.choose(stage, removes=decision.removes)
             if self.observer is not None:
                 self.observer(choice)
 

@@ -8,7 +8,6 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.step_plan import ImagePrefill, Places, StageLengths, StepPlan
 from vllm_reroute.to_device import to_device
 
@@ -31,8 +30,9 @@ class QueryRows:
 class PromptRows:
     """Prompts in a token layout: that of the candidates, or of the stage before.
 
-    A prompt's text before its first candidate is in the stages' K/V already: *cached*. A decision
-    looks at all tokens that are present, cached ones first, as a padded table [requests, width].
+    What comes before a prompt's first candidate is in the stages' K/V already, *cached*: text, and
+    what each stage has kept of earlier turns. A decision looks at all tokens that are present up to
+    the turn's end, cached ones first, as a padded table [requests, width].
 
     rows: [P] int64, the layout's rows of the prompts' tokens, request by request.
     table: [requests, width] int64, the row of each place; that of the prompt's last token, which is
@@ -40,8 +40,8 @@ class PromptRows:
     those of all cached tokens followed by those of `rows`.
     last: [requests] int64, the row of each last prompt token, which scores.
     lens: [requests], tokens present per prompt. num_cached: [requests], of them cached.
-    num_visual: visual tokens present per prompt. num_rows: rows of the layout.
-    requests: whose prompts these are. batch_rows: their rows in the step's batch.
+    num_visual: visual tokens of the turn present per prompt. num_rows: rows of the layout.
+    prefills: whose prompts these are. batch_rows: their rows in the step's batch.
     shared_rows: [s] int64, the layout's rows of text that becomes shareable in this step, at the
     K/V places `shared`; empty where no prompt has cached text.
     """
@@ -54,7 +54,7 @@ class PromptRows:
     num_cached: tuple[int, ...]
     num_visual: tuple[int, ...]
     num_rows: int
-    requests: tuple[RequestRouting, ...]
+    prefills: tuple[ImagePrefill, ...]
     batch_rows: tuple[int, ...]
     shared_rows: torch.Tensor
     shared: Places
@@ -71,7 +71,7 @@ class PromptRows:
 
     @cached_property
     def cached(self) -> Places:
-        """The cached tokens, by their places in the K/V of every stage."""
+        """The cached tokens, by their places in the K/V of the stage decided for."""
         counts = np.array(self.num_cached, dtype=np.int64)
         request = np.array(self.batch_rows, dtype=np.int64).repeat(counts)
         return Places(request, _ranges(np.zeros_like(counts), counts))
@@ -99,19 +99,20 @@ class PromptRows:
         return self._query_rows[n]
 
     @classmethod
-    def of(cls, plan: StepPlan, stage: int | None, device: torch.device) -> PromptRows:
-        """Prompts as laid out in a stage; None: as candidates of the first decision."""
+    def of(
+        cls, plan: StepPlan, layout: int | None, device: torch.device, stage: int = 0
+    ) -> PromptRows:
+        """Prompts as laid out in a stage; None: as candidates of the first decision.
+
+        stage: the one that is decided for, whose K/V holds the cached tokens. Stages differ in it
+        where earlier turns have been decided.
+        """
         prefills = plan.prefills
-        lengths = plan.candidates if stage is None else plan.stages[stage]
-        num_visual = [
-            p.routing.spans.num_visual if stage is None else p.routing.kept[stage] for p in prefills
-        ]
-        cached = np.array([p.first for p in prefills], dtype=np.int64)
+        lengths = plan.candidates if layout is None else plan.stages[layout]
+        num_visual = [p.turn.size if layout is None else p.turn.kept[layout] for p in prefills]
+        cached = np.array([p.num_held(stage) for p in prefills], dtype=np.int64)
         own = np.array(
-            [
-                p.num_prompt_rows - p.routing.spans.num_visual + n
-                for p, n in zip(prefills, num_visual, strict=True)
-            ],
+            [p.num_turn_rows - p.turn.size + n for p, n in zip(prefills, num_visual, strict=True)],
             dtype=np.int64,
         )
         starts = np.array([lengths.query_start_loc[p.index] for p in prefills], dtype=np.int64)
@@ -137,7 +138,7 @@ class PromptRows:
             num_cached=tuple(cached.tolist()),
             num_visual=tuple(num_visual),
             num_rows=lengths.num_tokens,
-            requests=tuple(p.routing for p in prefills),
+            prefills=prefills,
             batch_rows=tuple(p.index for p in prefills),
             shared_rows=shared_rows,
             shared=shared,

@@ -94,16 +94,18 @@ class TokenState:
         self.running = self.candidates
         self.hidden, self.residual = stream, None
         self.scores: torch.Tensor | None = None
-        self._prompts: PromptRows | None = None
+        self._prompts: dict[int, PromptRows] = {}
         self._layout: int | None = None
+        # What is cached before a prompt's first turn is text, the same in every stage.
+        self._stages_differ = any(prefill.is_later_turn for prefill in plan.prefills)
 
-    @property
-    def prompts(self) -> PromptRows | None:
-        """The image prompts among the candidates; None where this step decides about none."""
-        if self._prompts is None and self.plan.prefills:
+    def prompts(self, stage: int) -> PromptRows:
+        """The image prompts among the candidates, as a decision for `stage` sees them."""
+        key = stage if self._stages_differ else 0
+        if key not in self._prompts:
             device = self.candidates.stream.device
-            self._prompts = PromptRows.of(self.plan, self._layout, device)
-        return self._prompts
+            self._prompts[key] = PromptRows.of(self.plan, self._layout, device, key)
+        return self._prompts[key]
 
     def merge(self) -> None:
         """Bring the residual stream of all candidates to the layer reached.
@@ -119,11 +121,11 @@ class TokenState:
 
     def keeps_all(self, stage: int) -> bool:
         """Whether a decision for `stage` has nothing to decide: as many are kept as there are."""
-        return self._num_kept(stage) == self.prompts.num_visual
+        return self._num_kept(stage) == self.prompts(stage).num_visual
 
     def choose(self, stage: int, *, removes: bool) -> Choice:
         """Let the best of the candidates run `stage`. removes: the others are gone for good."""
-        candidates, prompts, scores = self.candidates, self.prompts, None
+        candidates, prompts, scores = self.candidates, self.prompts(stage), None
         if self.keeps_all(stage):
             self.running, self.chosen = self.candidates, None
         else:
@@ -131,7 +133,7 @@ class TokenState:
             self.chosen = select_rows(
                 self.scores,
                 self.candidates.text,
-                self.prompts,
+                prompts,
                 self._num_kept(stage),
                 self.plan.stages[stage].num_tokens,
             )
@@ -139,9 +141,9 @@ class TokenState:
         self.hidden, self.residual = self.running.stream, None
         if removes:
             self.candidates, self.chosen = self.running, None
-            self._prompts, self._layout = None, stage
+            self._prompts, self._layout = {}, stage
         return Choice(self.plan, stage, candidates, prompts, scores, self.running)
 
     def _num_kept(self, stage: int) -> tuple[int, ...]:
         """Visual tokens to keep, per image prompt of the step."""
-        return tuple(prefill.routing.kept[stage] for prefill in self.plan.prefills)
+        return tuple(prefill.turn.kept[stage] for prefill in self.plan.prefills)

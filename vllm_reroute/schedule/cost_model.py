@@ -62,9 +62,14 @@ class DecoderShape:
 
     def layer_flops(self, num_tokens: int) -> int:
         """One layer's prefill of `num_tokens` tokens, each attending to itself and those before."""
+        return self.rows_flops(num_tokens, 0)
+
+    def rows_flops(self, num_tokens: int, before: int) -> int:
+        """The same behind `before` tokens that are in the K/V cache."""
         linear = 2 * num_tokens * self.layer_parameters
-        # Query·key and weights·value, over n(n+1)/2 pairs each.
-        return linear + 2 * self.query_size * num_tokens * (num_tokens + 1)
+        # Query·key and weights·value, over n(n+1)/2 pairs each, and n times those before.
+        pairs_twice = num_tokens * (num_tokens + 1 + 2 * before)
+        return linear + 2 * self.query_size * pairs_twice
 
     def decision_flops(self, num_tokens: int) -> int:
         """Scoring `num_tokens` present tokens: all keys, and the last prompt token's one row."""

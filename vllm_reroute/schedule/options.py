@@ -10,6 +10,7 @@ from typing import Any
 from vllm_reroute.schedule.budget import solve_keep_ratios
 from vllm_reroute.schedule.published import (
     ACTIONS,
+    HISTORIES,
     SCHEDULES,
     SCORERS,
     TIERS,
@@ -25,6 +26,7 @@ DEFAULT_ACTION = "reroute"
 DEFAULT_TIER = 192
 DEFAULT_VARIANT = "A"
 DEFAULT_SCORER = "attention"
+DEFAULT_HISTORY = "rerank"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,9 @@ class RerouteOptions:
     `VARIANTS`, for `nuwa` with action `reroute`. tier: one of `TIERS`.
     budget: wanted average of visual tokens per layer for a 576-token image.
     layers, keep: decision layers and keep ratios, instead of a schedule. scorer: one of `SCORERS`.
-    file: path of a calibrated schedule, which says action, layers and keep.
+    file: path of a calibrated schedule, which says action, layers and keep. history: one of
+    `HISTORIES`. turn_marker: text with which a prompt asks the assistant to speak, instead of what
+    the chat template says.
     """
 
     schedule: str | None = None
@@ -47,6 +51,8 @@ class RerouteOptions:
     keep: tuple[float, ...] | None = None
     scorer: str | None = None
     file: str | None = None
+    history: str | None = None
+    turn_marker: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, [*SCHEDULES, NO_SCHEDULE])
@@ -54,7 +60,9 @@ class RerouteOptions:
         check_choice("variant", self.variant, VARIANTS)
         check_choice("tier", self.tier, TIERS)
         check_choice("scorer", self.scorer, SCORERS)
+        check_choice("history", self.history, HISTORIES)
         self._check_combination()
+        self._check_history()
         if self.layers is not None and self.keep is not None:
             _check_custom(self.layers, self.keep)
 
@@ -124,6 +132,7 @@ class RerouteOptions:
             keep=tuple(keep),
             variant=(self.variant or DEFAULT_VARIANT) if has_variants else None,
             scorer=self.scorer or DEFAULT_SCORER,
+            history=self.history or DEFAULT_HISTORY,
         )
 
     def _keep_ratios(
@@ -171,10 +180,14 @@ class RerouteOptions:
                 f"{', '.join(s for s in SCORERS if s != 'accumulated')}. Or take --reroute-action "
                 "reroute."
             )
-        extras = [n for n in ("action", "tier", "budget", "scorer") if getattr(self, n) is not None]
+        extras = [
+            n
+            for n in ("action", "tier", "budget", "scorer", "history", "turn_marker")
+            if getattr(self, n) is not None
+        ]
         if extras and not self.active:
             raise ValueError(
-                f"--reroute-{extras[0]} {getattr(self, extras[0])} needs a schedule. Add "
+                f"--reroute-{extras[0].replace('_', '-')} {getattr(self, extras[0])} needs a schedule. Add "
                 f"--reroute-schedule with one of: {', '.join(sorted(SCHEDULES))}."
             )
 
@@ -184,11 +197,36 @@ class RerouteOptions:
         if not isinstance(self.file, str):
             raise ValueError(f"--reroute-file {self.file!r} must be a path.")
         for name, value in self.to_mapping().items():
-            if name not in ("file", "scorer"):
+            if name not in ("file", "scorer", "history", "turn_marker"):
                 raise ValueError(
                     f"--reroute-{name} {value} has no meaning with --reroute-file {self.file}, which "
-                    "says everything but --reroute-scorer. Drop one or the other."
+                    "says everything but --reroute-scorer and --reroute-history. Drop one or the "
+                    "other."
                 )
+
+    def _check_history(self) -> None:
+        marker = self.turn_marker
+        if marker is not None and (not isinstance(marker, str) or not marker.strip()):
+            raise ValueError(
+                f"--reroute-turn-marker {marker!r} must be the text with which a prompt asks the "
+                "assistant to speak, such as 'ASSISTANT:'."
+            )
+        if (self.history or DEFAULT_HISTORY) == DEFAULT_HISTORY and marker is None:
+            return
+        name, value = ("history", "keep") if self.history == "keep" else ("turn-marker", marker)
+        if self.starts_in_encoder:
+            raise ValueError(
+                f"--reroute-{name} {value} cannot be combined with --reroute-schedule {self.schedule}: "
+                "its first choice is the vision encoder's, which sees no question. Allowed: "
+                f"{', '.join(n for n, of in SCHEDULES.items() if not of[DEFAULT_ACTION].starts_in_encoder)}. "
+                "Take one of them, at the same average with --reroute-budget, or leave it out."
+            )
+        if self.scorer == "accumulated":
+            raise ValueError(
+                f"--reroute-{name} {value} cannot be combined with --reroute-scorer accumulated: stages "
+                "hold different tokens of earlier turns, so their scores do not add up. Allowed: "
+                f"{', '.join(s for s in SCORERS if s != 'accumulated')}. Leave one of them out."
+            )
 
     def _check_variant(self) -> None:
         in_encoder = [name for name, of in SCHEDULES.items() if of["reroute"].starts_in_encoder]

@@ -31,6 +31,12 @@ SCORERS: tuple[Scorer, ...] = ("attention", "accumulated", "random")
 """How visual tokens are ranked: by the last prompt token's attention, by its sum over this and all
 earlier decisions, or at random, the baseline any ranking has to beat."""
 
+History = Literal["rerank", "keep"]
+
+HISTORIES: tuple[History, ...] = ("rerank", "keep")
+"""What a later turn of a conversation does with the pictures of earlier ones: its question ranks all
+visual tokens anew, or finds what the question that came with a picture has kept."""
+
 PUBLISHED_DEPTH = 32
 """Decoder depth the published decision layers are written for (LLaVA-1.5-7B)."""
 

@@ -1,17 +1,17 @@
-"""The reroute options of one request: how much of its images each stage of the engine keeps."""
+"""The reroute options of one request: how much of its images each stage keeps, and for how long."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_reroute.schedule.budget import solve_keep_ratios
 from vllm_reroute.schedule.options import NO_SCHEDULE
-from vllm_reroute.schedule.published import SCHEDULES, TIERS, PublishedSchedule
+from vllm_reroute.schedule.published import HISTORIES, SCHEDULES, TIERS, PublishedSchedule
 from vllm_reroute.schedule.routing_schedule import RoutingSchedule
-from vllm_reroute.schedule.values import check_keep, number, numbers
+from vllm_reroute.schedule.values import check_choice, check_keep, number, numbers
 
 KEY = "reroute"
 """Key of a dictionary of options in a request's extra arguments."""
@@ -19,7 +19,7 @@ KEY = "reroute"
 PREFIX = "reroute_"
 """The same options one by one, for HTTP's `vllm_xargs`, which carries no dictionaries."""
 
-ALLOWED = ("tier", "budget", "keep", "schedule")
+ALLOWED = ("tier", "budget", "keep", "schedule", "history")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +27,14 @@ class RequestOptions:
     """Options as given; None means not given. They have the names and meanings of the engine's.
 
     tier, budget: as for the engine. keep: one ratio per decision layer of the engine. schedule: the
-    engine's own name, or `none`: every visual token runs everywhere.
+    engine's own name, or `none`: every visual token runs everywhere. history: as for the engine.
     """
 
     tier: int | None = None
     budget: float | None = None
     keep: tuple[float, ...] | None = None
     schedule: str | None = None
+    history: str | None = None
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> RequestOptions | None:
@@ -56,9 +57,25 @@ class RequestOptions:
             budget=number("budget", given.get("budget"), float),
             keep=_keep(given.get("keep")),
             schedule=given.get("schedule"),
+            history=given.get("history"),
         )
+        check_choice("history", options.history, HISTORIES)
         options._check_alone(given)
         return options
+
+    def applied(self, schedule: RoutingSchedule) -> RoutingSchedule:
+        """The engine's schedule as this request has it.
+
+        Raises ValueError for a request the engine cannot honour.
+        """
+        history = self.history or schedule.history
+        if history == "keep" and not schedule.marker:
+            raise ValueError(
+                "reroute_history 'keep' needs a server that knows where turns end. Allowed: "
+                "'rerank'. Leave it out, or start the server with --reroute-history keep, or with "
+                "--reroute-turn-marker and the text with which a prompt asks the assistant to speak."
+            )
+        return replace(schedule, keep=self.keep_ratios(schedule), history=history)
 
     def keep_ratios(self, schedule: RoutingSchedule) -> tuple[float, ...]:
         """Keep ratios of this request in an engine of that schedule, one per decision layer.

@@ -12,7 +12,7 @@ from vllm_reroute.schedule.budget import (
     average_visual_tokens,
     num_kept_of_images,
 )
-from vllm_reroute.schedule.published import Action, Scorer, Variant
+from vllm_reroute.schedule.published import Action, History, Scorer, Variant
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -66,7 +66,8 @@ class RoutingSchedule:
     encoder's: there is no dense stage then.
     keep: one ratio per decision layer; for `remove` never rising, since nothing comes back.
     variant: of a `reroute` schedule whose first decision is the vision encoder's; None otherwise.
-    scorer: what ranks visual tokens in the decoder.
+    scorer: what ranks visual tokens in the decoder. history: what becomes of earlier turns' pictures.
+    marker: token ids with which a prompt asks the assistant to speak; empty where nobody needs them.
     """
 
     name: str
@@ -76,6 +77,8 @@ class RoutingSchedule:
     keep: tuple[float, ...]
     variant: Variant | None = None
     scorer: Scorer = "attention"
+    history: History = "rerank"
+    marker: tuple[int, ...] = ()
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -159,6 +162,8 @@ class RoutingSchedule:
             "keep": list(self.keep),
             "variant": self.variant,
             "scorer": self.scorer,
+            "history": self.history,
+            "marker": list(self.marker),
         }
 
     @classmethod
@@ -171,6 +176,8 @@ class RoutingSchedule:
             keep=tuple(fields["keep"]),
             variant=fields["variant"],
             scorer=fields["scorer"],
+            history=fields["history"],
+            marker=tuple(fields["marker"]),
         )
 
     @classmethod

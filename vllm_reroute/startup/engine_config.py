@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
@@ -15,6 +16,7 @@ from vllm_reroute.nuwa.requirements import check_encoder_options
 from vllm_reroute.schedule import CONFIG_KEY, SCHEDULE_KEY, RerouteOptions
 from vllm_reroute.startup.calibrated import with_calibration
 from vllm_reroute.startup.refusals import check_arguments, check_config
+from vllm_reroute.startup.turn_marker import turn_marker
 from vllm_reroute.vllm_seams.seams import check_vllm
 
 if TYPE_CHECKING:
@@ -69,6 +71,9 @@ def configure_routing(vllm_config: VllmConfig, options: RerouteOptions) -> VllmC
         model_config.hf_text_config.num_hidden_layers,
         first_decision_layer(model_config.hf_config),
     )
+    if options.history == "keep" or options.turn_marker is not None:
+        marker = turn_marker(model_config, options.turn_marker)
+        schedule = replace(schedule, marker=marker)
     additional: dict[str, Any] = dict(vllm_config.additional_config)
     additional[CONFIG_KEY] = options.to_mapping()
     additional[SCHEDULE_KEY] = schedule.to_dict()

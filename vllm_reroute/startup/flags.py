@@ -9,12 +9,13 @@ from vllm_reroute.families.short_names import resolve_model
 from vllm_reroute.schedule import CONFIG_KEY
 from vllm_reroute.schedule.options import (
     DEFAULT_ACTION,
+    DEFAULT_HISTORY,
     DEFAULT_SCORER,
     DEFAULT_TIER,
     DEFAULT_VARIANT,
     NO_SCHEDULE,
 )
-from vllm_reroute.schedule.published import ACTIONS, SCHEDULES, SCORERS, TIERS, VARIANTS
+from vllm_reroute.schedule.published import ACTIONS, HISTORIES, SCHEDULES, SCORERS, TIERS, VARIANTS
 
 GROUP_TITLE = "Reroute"
 _PREFIX = "reroute_"
@@ -93,6 +94,23 @@ def add_reroute_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         metavar="FILE",
         default=argparse.SUPPRESS,
         help="Instead of a schedule: one that 'vllm-reroute calibrate' has chosen for this model.",
+    )
+    group.add_argument(
+        "--reroute-history",
+        choices=HISTORIES,
+        default=argparse.SUPPRESS,
+        help="What a later turn of a conversation does with earlier pictures: 'rerank' ranks all of "
+        "them by the newest question; 'keep' finds what the question that came with a picture has "
+        "kept, so that finished turns are read from the prefix cache in all layers. Default: "
+        f"{DEFAULT_HISTORY}.",
+    )
+    group.add_argument(
+        "--reroute-turn-marker",
+        metavar="TEXT",
+        default=argparse.SUPPRESS,
+        help="With --reroute-history keep, or to let requests ask for it: the text with which a "
+        "prompt asks the assistant to speak, where the model's chat template does not say it, e.g. "
+        "'ASSISTANT:'.",
     )
     return parser
 

@@ -61,6 +61,11 @@ SEAMS = (
     ),
     Seam(
         "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager._apply_cow",
+        ("self", "request_id", "block_idx", "source_block", "cow_block"),
+    ),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager",
         "FullAttentionManager.cache_blocks",
         ("self", "request", "num_tokens", "retention_interval", "replay_boundaries"),
     ),
@@ -76,6 +81,16 @@ SEAMS = (
         "vllm.v1.core.block_pool",
         "BlockPool.cache_full_blocks",
         ("self", "request", "blocks", "num_cached_blocks", "num_full_blocks", "block_size"),
+    ),
+    Seam(
+        "vllm.v1.core.block_pool",
+        "BlockPool._insert_block_hash",
+        ("self", "block_hash_with_group_id", "block", "num_tokens"),
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_utils",
+        "generate_block_hash_extra_keys",
+        ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
     ),
     Seam(
         "vllm.model_executor.layers.attention",

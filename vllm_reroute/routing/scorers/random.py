@@ -12,7 +12,7 @@ from vllm_reroute.to_device import to_device
 class RandomScorer:
     """Stands in for `LastTokenScorer`.
 
-    A request's scores depend on its prompt and the layer alone, so batches, preemptions and
+    A turn's scores depend on the prompt up to its end and the layer alone, so batches, preemptions and
     tensor-parallel ranks choose alike.
     """
 
@@ -24,6 +24,6 @@ class RandomScorer:
     ) -> torch.Tensor:
         """Uniform scores of all prompt tokens, fp32 [requests, width]; 0 past a prompt's end."""
         scores = np.zeros((len(prompts.lens), prompts.width), dtype=np.float32)
-        for row, length, request in zip(scores, prompts.lens, prompts.requests, strict=True):
-            row[:length] = np.random.default_rng([request.seed, self.layer]).random(length)
+        for row, length, prefill in zip(scores, prompts.lens, prompts.prefills, strict=True):
+            row[:length] = np.random.default_rng([prefill.seed, self.layer]).random(length)
         return to_device(scores, stream.device)

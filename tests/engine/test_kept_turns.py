@@ -1,0 +1,279 @@
+"""Conversations that keep what a picture's own question has chosen: cold, turn by turn, and together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.local_models import build_family
+from tests.engine.conftest import engine_args
+from tests.engine.family_requests import FamilyAsk, processor
+from tests.engine.host import EngineHost
+from tests.engine.oracle_answers import OracleAnswers
+from tests.engine.probes import free_blocks, generate, stepwise
+from tests.engine.requests import LONG_TEXT, TEXT_ONLY, Answer, Ask
+from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
+
+BLOCK = 32
+REROUTE: dict[str, Any] = {"layers": [1, 3, 6], "keep": [0.5, 0.1, 0.8], "history": "keep"}
+REMOVE: dict[str, Any] = {
+    "layers": [2, 5],
+    "keep": [0.4, 0.2],
+    "action": "remove",
+    "history": "keep",
+}
+Turn = tuple[str, tuple[int, ...]]
+"""What is asked, and the pictures that come with it."""
+
+ONE_PICTURE: tuple[Turn, ...] = (
+    ("What is shown?", (0,)),
+    ("Is it red?", ()),
+    ("Which other things lie beside it on the table, and what are they for?", ()),
+)
+PICTURES_LATER: tuple[Turn, ...] = (
+    ("Name a season.", ()),
+    ("Is it on one of both?", (0, 1)),
+    ("Where?", ()),
+    ("And what does this one show, above and below?", (2,)),
+)
+
+
+@dataclass(frozen=True)
+class Dialogue(Ask):
+    """A conversation of token ids, which answers come back into unchanged. token_ids: a placeholder
+    per picture."""
+
+    token_ids: tuple[int, ...] = ()
+
+    def prompt(self) -> dict[str, Any]:
+        pictures = {"multi_modal_data": {"image": self.pictures()}} if self.images else {}
+        return {"prompt_token_ids": list(self.token_ids), **pictures}
+
+    def inputs(self, processor: Any) -> Mapping[str, Any]:
+        if not self.images:
+            return {"input_ids": torch.tensor([self.token_ids])}
+        pixels = processor.image_processor(self.pictures(), return_tensors="pt")
+        visual = (pixels["pixel_values"].shape[-1] // processor.patch_size) ** 2
+        ids = []
+        for token in self.token_ids:
+            ids += [token] * (visual if token == processor.image_token_id else 1)
+        return {"input_ids": torch.tensor([ids]), "pixel_values": pixels["pixel_values"]}
+
+    @property
+    def key(self) -> Any:
+        return (self.token_ids, self.images, self.max_tokens)
+
+
+class Talk:
+    """A conversation that grows."""
+
+    def __init__(self, folder: Path, turns: tuple[Turn, ...], max_tokens: int = 12) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.turns, self.max_tokens = turns, max_tokens
+        self.ids: list[int] = [self.tokenizer.bos_token_id]
+        self.images: tuple[int, ...] = ()
+
+    def ask(self, number: int) -> Dialogue:
+        words, pictures = self.turns[number]
+        text = f" USER: {'<image>' * len(pictures)}{words} ASSISTANT:"
+        self.ids += self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.images += pictures
+        return Dialogue("", self.images, self.max_tokens, token_ids=tuple(self.ids))
+
+    def answered(self, answer: Answer) -> None:
+        self.ids += answer.token_ids
+
+
+def schedule_of(
+    options: dict[str, Any], folder: Path, marker: str = " ASSISTANT:"
+) -> RoutingSchedule:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
+    return replace(RerouteOptions.from_mapping(options).resolve(8), marker=tuple(ids))
+
+
+def small(models: Any, options: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    changes = {
+        "max_num_batched_tokens": 48,
+        "max_num_seqs": 16,
+        "enable_prefix_caching": True,
+        "limit_mm_per_prompt": {"image": 4},
+        **changes,
+    }
+    return engine_args(models["grouped"], options, **changes)
+
+
+def check(
+    oracles: OracleAnswers,
+    schedule: RoutingSchedule,
+    ask: Any,
+    answer: Answer,
+    model: str = "grouped",
+) -> None:
+    expected = oracles.result(model, schedule, ask, answer.prompt_token_ids)
+    assert answer.token_ids == expected.token_ids
+    for step, logprobs in enumerate(answer.logprobs):
+        for token, logprob in logprobs.items():
+            assert abs(logprob - expected.logprobs[step, token].item()) < 1e-4
+
+
+def talk(
+    host: EngineHost, oracles: OracleAnswers, schedule: RoutingSchedule, own: Talk
+) -> list[tuple[Dialogue, Answer]]:
+    """Turn by turn; every answer is checked and becomes part of what follows."""
+    said = []
+    for number in range(len(own.turns)):
+        ask = own.ask(number)
+        (answer,) = host.call(generate, [ask])
+        check(oracles, schedule, ask, answer)
+        own.answered(answer)
+        said.append((ask, answer))
+    return said
+
+
+def reset(llm: Any) -> None:
+    assert llm.reset_prefix_cache()
+
+
+@pytest.mark.parametrize(
+    ("options", "step"), [(REROUTE, 48), (REMOVE, 600)], ids=["reroute in chunks", "remove"]
+)
+def test_a_conversation_is_the_same_cold_and_turn_by_turn(
+    host: EngineHost, models: Any, oracles: OracleAnswers, options: dict[str, Any], step: int
+) -> None:
+    """Later turns run their new text only, whatever a stage holds of the pictures before it."""
+    folder = models["grouped"]
+    schedule = schedule_of(options, folder)
+    host.engine(**small(models, options, max_num_batched_tokens=step))
+    host.call(reset)
+    before = host.call(free_blocks)
+    said = []
+    for turns in (ONE_PICTURE, PICTURES_LATER):
+        own = talk(host, oracles, schedule, Talk(folder, turns))
+        for (_, answer), (_, earlier) in zip(own[1:], own, strict=False):
+            known = len(earlier.prompt_token_ids) + len(earlier.token_ids)
+            if known > 2 * BLOCK:
+                assert known - 2 * BLOCK < answer.num_cached <= known
+        said += own
+    # Another question about the same picture finds none of what the first one has kept.
+    other = talk(
+        host, oracles, schedule, Talk(folder, (("Where is this?", (0,)), *ONE_PICTURE[1:]))
+    )
+    assert other[0][1].num_cached < BLOCK < other[1][1].num_cached
+    host.call(reset)
+    asks = [ask for ask, _ in said]
+    cold = host.call(generate, [*asks, TEXT_ONLY])
+    for (ask, answer), again in zip(said, cold, strict=False):
+        assert again.token_ids == answer.token_ids
+        check(oracles, schedule, ask, again)
+    assert host.call(free_blocks) == before
+
+
+def test_a_small_pool_evicts_and_preempts(
+    host: EngineHost, models: Any, oracles: OracleAnswers
+) -> None:
+    """Parts of what turns have kept are gone, running requests lose theirs: answers stay."""
+    folder = models["grouped"]
+    schedule = schedule_of(REROUTE, folder)
+    block_bytes = BLOCK * 2 * 2 * 32 * 4
+    host.engine(
+        **small(models, REROUTE, kv_cache_memory_bytes=200 * block_bytes, max_model_len=480)
+    )
+    before = host.call(free_blocks)
+    asks: list[Any] = []
+    for said in (" A cup.", " Two dogs, I think.", " A cup of hot coffee with a silver spoon."):
+        for turns in (ONE_PICTURE, PICTURES_LATER[1:]):
+            own = Talk(folder, turns, max_tokens=40)
+            for turn in range(3):
+                asks.append(own.ask(turn))
+                own.ids += own.tokenizer(said, add_special_tokens=False)["input_ids"]
+    asks += [replace(LONG_TEXT, max_tokens=64), replace(TEXT_ONLY, max_tokens=64)]
+    for every in (1, 3):
+        seen = host.call(stepwise, asks, every=every)
+        assert seen["preempted"] >= 2 and any(seen["cached"])
+        for ask, tokens, prompt in zip(asks, seen["tokens"], seen["prompts"], strict=True):
+            assert tokens == oracles.result("grouped", schedule, ask, prompt).token_ids
+        assert seen["free"] == before
+
+
+def test_a_request_chooses_its_history(v1: EngineHost, models: Any, oracles: OracleAnswers) -> None:
+    """Both kinds side by side, from the same cache, at more than one budget."""
+    folder = models["grouped"]
+    options = {**REROUTE, "history": "rerank", "turn_marker": "ASSISTANT:"}
+    keeps = schedule_of(REROUTE, folder)
+    v1.engine(**small(models, options, max_num_batched_tokens=600))
+    for keep in (None, (0.3, 0.3, 0.3)):
+        own = {"history": "keep", **({"keep": list(keep)} if keep else {})}
+        schedule = replace(keeps, keep=keep or keeps.keep)
+        grows, first = Talk(folder, ONE_PICTURE), None
+        for number in range(3):
+            ask = grows.ask(number)
+            chosen = replace(ask, options={"extra_args": {"reroute": own}})
+            kept, ranked = v1.call(generate, [chosen, ask])
+            check(oracles, schedule, ask, kept)
+            check(oracles, replace(keeps, history="rerank"), ask, ranked)
+            grows.answered(kept)
+            first = first or kept
+        assert kept.num_cached >= len(first.prompt_token_ids) > first.num_cached
+        assert ranked.num_cached > 0
+
+
+@dataclass(frozen=True)
+class FamilyTalk(FamilyAsk):
+    """User messages with what the assistant has said to all but the last: parts ("answer", words)."""
+
+    def text(self) -> str:
+        messages: list[dict[str, Any]] = [{"role": "user", "content": []}]
+        for kind, value in self.parts:
+            if kind == "answer":
+                said = [{"type": "text", "text": value}]
+                messages += [
+                    {"role": "assistant", "content": said},
+                    {"role": "user", "content": []},
+                ]
+            else:
+                part = {"type": kind, "text": value} if kind == "text" else {"type": kind}
+                messages[-1]["content"].append(part)
+        return processor(self.folder).apply_chat_template(messages, add_generation_prompt=True)
+
+
+FAMILY_PARTS = (
+    ("image", 0),
+    ("text", "What is shown in this image?"),
+    ("answer", "A cup."),
+    ("text", "And in this video?"),
+    ("video", 0),
+    ("answer", "Boats on the lake."),
+    ("text", "Which of both is older?"),
+)
+
+
+def test_another_family(host: EngineHost, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Rope positions of three parts, videos, and a chat template that says where turns end."""
+    folder = build_family(tmp_path_factory.mktemp("kept") / "qwen2.5-vl", "qwen2.5-vl")
+    options = {"layers": [3, 4, 6], "keep": [0.5, 0.2, 0.35], "history": "keep"}
+    schedule = schedule_of(options, folder, "<|im_start|>assistant\n")
+    host.engine(
+        **engine_args(
+            folder,
+            options,
+            max_num_batched_tokens=200,
+            max_model_len=1024,
+            limit_mm_per_prompt={"image": 2, "video": 1},
+        )
+    )
+    oracles, cached = OracleAnswers({"qwen": folder}), []
+    for end in (2, 5, 7):
+        ask = FamilyTalk(folder, FAMILY_PARTS[:end])
+        (answer,) = host.call(generate, [ask])
+        check(oracles, schedule, ask, answer, "qwen")
+        cached.append(answer.num_cached)
+    assert cached[0] == 0 and cached[2] > cached[1] > 50
+    host.call(reset)
+    check(oracles, schedule, ask, host.call(generate, [ask])[0], "qwen")

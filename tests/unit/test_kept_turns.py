@@ -1,0 +1,152 @@
+"""What is found of conversations that keep their choice, and what is copied where a hit ends."""
+
+from dataclasses import replace
+
+import pytest
+
+from .kv_engine import PAGES, SCHEDULE, Engine, Picture, Text, ask
+
+MARKER = Text("marker", 2)
+KEEPS = replace(SCHEDULE, history="keep", marker=tuple(MARKER.tokens()))
+SYSTEM, CAT, DOG = Text("system", 40), Picture("cat"), Picture("dog")
+WHICH, WHERE = (Text("which", 20), MARKER), (Text("where", 20), MARKER)
+SHORT, LONG = Text("short", 3), Text("long answer", 40)
+FIRST = (SYSTEM, CAT, *WHICH)  # 102 tokens, its picture at [40, 80)
+
+# What came before -> the prompt that is looked up, and its tokens that are found.
+TABLE = {
+    "nothing": ([], FIRST, 0),
+    # Never a part of a turn: the text before the picture.
+    "the same prompt": ([FIRST], FIRST, 40),
+    "another question": ([FIRST], (SYSTEM, CAT, *WHERE), 32),
+    "the next turn": ([FIRST], (*FIRST, SHORT, *WHERE), 102),
+    "the turn after, short answers": (
+        [FIRST, (*FIRST, SHORT, *WHERE)],
+        (*FIRST, SHORT, *WHERE, SHORT, *WHICH),
+        102 + 10,
+    ),
+    "a long answer": ([(*FIRST, LONG)], (*FIRST, LONG, *WHERE), 128),
+    "a new picture": (
+        [(*FIRST, SHORT, DOG, *WHERE)],
+        (*FIRST, SHORT, DOG, *WHERE, SHORT, *WHICH),
+        102 + 3 + 40 + 22,
+    ),
+    "another new picture": (
+        [(*FIRST, SHORT, DOG, *WHERE)],
+        (*FIRST, SHORT, CAT, *WHERE),
+        102,
+    ),
+    "another picture before": ([(*FIRST, SHORT, *WHERE)], (SYSTEM, DOG, *WHICH, SHORT, *WHERE), 32),
+    "two in a turn": (
+        [(SYSTEM, CAT, SHORT, DOG, *WHICH)],
+        (SYSTEM, CAT, SHORT, DOG, *WHICH, SHORT, *WHERE),
+        40 + 40 + 3 + 40 + 22,
+    ),
+    "a salt": ([FIRST], (*FIRST, SHORT, *WHERE), 0),
+}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("name", TABLE)
+def test_hits(name, finished):
+    before, prompt, hit = TABLE[name]
+    engine = Engine(KEEPS)
+    for number, parts in enumerate(before):
+        request = ask(f"before {number}", *parts)
+        engine.turns(request)
+        if finished:
+            engine.finish(request)
+    salt = {"cache_salt": "mine"} if name == "a salt" else {}
+    assert engine.hit(ask("now", *prompt, **salt)) == hit
+
+
+def test_a_block_in_which_a_hit_ends_is_copied():
+    """In every layer of every stage whose entries do not end with a block; nothing else is."""
+    engine = Engine(KEEPS)
+    first, later = ask("first", *FIRST), ask("later", *FIRST, SHORT, *WHERE)
+    engine.turns(first)
+    held = engine.manager.get_block_ids("first")
+    ids, hit = engine.prefill(later)
+    copies, kept = engine.manager.take_kv_cache_block_copies()
+    assert hit == 102
+    # 102, 82 and 72 entries at the turn's end: 6, 5 and 4 whole blocks, and a part of one more.
+    expect = []
+    for stage, whole in enumerate((6, 5, 4)):
+        layers = KEEPS.stages[stage].num_layers
+        assert ids[stage][: whole * layers] == held[stage][: whole * layers]
+        for entry in range(whole * layers, (whole + 1) * layers):
+            expect.append((held[stage][entry], ids[stage][entry]))
+    assert [(c.src_block_id, c.dst_block_id) for c in copies] == expect
+    engine.pool.free_blocks(kept)
+    engine.finish(later)
+    engine.finish(first)
+    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
+
+
+@pytest.mark.parametrize("stage", range(3))
+@pytest.mark.parametrize("block,hit", [(0, 0), (1, 16), (2, 32), (3, 40), (4, 40)])
+def test_a_lost_block_costs_what_depends_on_it(stage, block, hit):
+    """A part of a turn is worth nothing."""
+    engine = Engine(KEEPS)
+    first, later = ask("first", *FIRST), ask("later", *FIRST, SHORT, *WHERE)
+    engine.turns(first)
+    layers = KEEPS.stages[stage].num_layers
+    lost = engine.manager.get_block_ids("first")[stage][block * layers + layers - 1]
+    engine.finish(first)
+    engine.pool.evict_blocks({lost})
+    assert engine.hit(later) == hit
+    engine.turns(later)
+    assert engine.hit(ask("again", *FIRST, SHORT, *WHERE, SHORT, *WHICH)) >= 102
+
+
+def test_what_is_kept_depends_on_how_much():
+    """Text before the picture serves every budget and both histories, a turn its own only."""
+    engine = Engine(KEEPS)
+    engine.turns(ask("first", *FIRST))
+    for number, own in enumerate(({"keep": [0.5, 0.1]}, {"history": "rerank"})):
+        request = ask(f"other {number}", *FIRST, SHORT, *WHERE)
+        request.sampling_params.extra_args = {"reroute": own}
+        assert engine.hit(request) == 32
+
+
+def test_answers_are_offered_as_they_grow():
+    engine = Engine(KEEPS)
+    request = ask("first", *FIRST)
+    engine.turns(request)
+    for _ in range(40):
+        engine.decode(request)
+        engine.kept.offer(request)
+    # 142 tokens have run, 122 and 112 of them in later stages: 8, 7 and 7 blocks are whole.
+    assert engine.hit(ask("later", *FIRST, output=[7] * 60)) == 128
+
+
+def test_pages_are_for_turns_that_wait():
+    """None for turns that run at once; those of a later turn come behind the entries of earlier ones."""
+    engine = Engine(KEEPS)
+    request = ask("first", *FIRST, SHORT, DOG, *WHERE)
+    engine.prefill(request, 50)
+    assert engine.pages(request) == PAGES * 2
+    engine.run(request, 52)
+    assert engine.pages(request) == 0
+    assert len(engine.parked.req_to_blocks["first"]) == PAGES * 4
+    engine.run(request, 20)
+    assert engine.pages(request) == PAGES * (8 - 6)
+    assert len(engine.parked.req_to_blocks["first"]) == PAGES * 8
+    engine.run(request, 45)
+    assert engine.parked.holders == []
+    assert engine.held(request) == engine.expected_held(request)
+
+
+def test_a_page_that_two_turns_share_stays():
+    """Tables only grow: what waits for the second question begins in the first one's last block."""
+    engine = Engine(KEEPS)
+    request = ask("first", *FIRST, SHORT, DOG, *WHERE)
+    engine.prefill(request, 100)
+    engine.run(request, 2)
+    assert engine.pages(request) == PAGES
+    engine.run(request, 20)
+    blocks = engine.parked.req_to_blocks["first"]
+    assert [block.is_null for block in blocks] == [True] * 6 * PAGES + [False] * 2 * PAGES
+    engine.run(request, 45)
+    engine.finish(request)
+    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1

@@ -1,0 +1,111 @@
+"""Turns of a prompt: where they end, and what stages have run by then, against counting one by one."""
+
+import random
+
+import pytest
+
+from vllm_reroute.plan.request_routing import RequestRouting
+from vllm_reroute.plan.turns import Turn, Turns, cut_at_markers
+from vllm_reroute.plan.visual_spans import VisualSpans
+from vllm_reroute.schedule import RoutingSchedule
+
+MARKER = (8, 9)
+VISUAL, WORD = 5, 1
+KEEP = (0.5, 1.0, 0.1)
+SCHEDULE = RoutingSchedule(
+    name="custom",
+    action="reroute",
+    num_layers=6,
+    layers=(2, 3, 5),
+    keep=KEEP,
+    history="keep",
+    marker=MARKER,
+)
+
+
+def conversation(rng):
+    """A prompt and its spans: one to four turns, pictures in some of them."""
+    prompt, starts, ends = [WORD] * rng.randint(0, 9), [], []
+    for _ in range(rng.randint(1, 4)):
+        for _ in range(rng.randint(0, 2)):
+            starts.append(len(prompt))
+            prompt += [VISUAL] * rng.randint(1, 30)
+            ends.append(len(prompt))
+            prompt += [WORD] * rng.randint(0, 4)
+        prompt += [*MARKER, *[WORD] * rng.randint(0, 9)]
+    return prompt, VisualSpans(tuple(starts), tuple(ends)) if starts else None
+
+
+def routing_of(seed):
+    rng = random.Random(seed)
+    spans = None
+    while spans is None:
+        prompt, spans = conversation(rng)
+    return prompt, RequestRouting.of(spans, prompt, SCHEDULE, 4)
+
+
+def by_hand(prompt):
+    """[begin, end, size] of each turn, token by token."""
+    turns, open_turn = [], None
+    for position, token in enumerate(prompt):
+        if token == VISUAL:
+            open_turn = open_turn or [position, None, 0]
+            open_turn[2] += 1
+        if open_turn and tuple(prompt[position - 1 : position + 1]) == MARKER:
+            open_turn[1] = position + 1
+            turns.append(open_turn)
+            open_turn = None
+    return turns
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_turns_are_what_counting_tokens_gives(seed):
+    prompt, routing = routing_of(seed)
+    turns = routing.turns
+    assert [[turn.begin, turn.end, turn.size] for turn in turns.turns] == by_hand(prompt)
+    for turn in turns.turns:
+        assert turn.kept == (turn.size, *(max(1, int(turn.size * ratio)) for ratio in KEEP))
+    allowed = [n for n in range(len(prompt) + 9) if turns.allowed(n) == n]
+    inside = [n for n in range(len(prompt) + 9) if turns.open_at(n)]
+    assert sorted(allowed + inside) == [*range(len(prompt) + 9)]
+    for n in inside:
+        assert turns.allowed(n) == max(m for m in allowed if m < n)
+        assert turns.open_at(n).end == turns.next_end(n) == min(m for m in allowed if m > n)
+    for stage in range(1, len(KEEP) + 1):
+        entries = {n: turns.length(stage, n) for n in allowed}
+        for n in allowed:
+            gone = sum(turn.deferred(stage) for turn in turns.turns if turn.end <= n)
+            assert entries[n] == n - gone == routing.kv_length(stage, n)
+        for length in range(entries[allowed[-1]] + 1):
+            assert turns.needed(stage, length) == min(n for n in allowed if entries[n] >= length)
+            assert turns.reach(stage, length) == max(n for n in allowed if entries[n] <= length)
+
+
+def test_a_prompt_is_one_turn_unless_its_history_keeps():
+    prompt = [1] * 6 + [5] * 10 + [8, 9] + [1] * 5 + [5] * 4 + [8, 9, 1]
+    spans = VisualSpans((6, 23), (16, 27))
+    schedule = SCHEDULE.from_dict({**SCHEDULE.to_dict(), "history": "rerank"})
+    routing = RequestRouting.of(spans, prompt, schedule, 4)
+    assert routing.turns.turns == (Turn(4, 30, 14, (14, 7, 14, 1)),)
+    asked = {"reroute": {"history": "keep"}}
+    keeps = RequestRouting.of(spans, prompt, schedule, 4, asked)
+    assert keeps.turns.turns == (
+        Turn(6, 18, 10, (10, 5, 10, 1)),
+        Turn(23, 29, 4, (4, 2, 4, 1)),
+    )
+    assert keeps.kept == (14, 7, 14, 2) and keeps.seed(keeps.turns.turns[0]) != routing.seed(
+        routing.turns.turns[0]
+    )
+
+
+def test_a_picture_needs_a_marker_behind_it():
+    spans = VisualSpans((1,), (4,))
+    assert cut_at_markers(spans, [1, 5, 5, 5, 8, 9], MARKER) == [(1, 6, 3)]
+    # The answer's own end is none, and what is before the picture asks for something else.
+    for prompt in ([1, 5, 5, 5, 8, 1, 9], [8, 5, 5, 5, 9, 1], [9, 5, 5, 5], [5]):
+        with pytest.raises(ValueError, match="no marker"):
+            cut_at_markers(spans, prompt, MARKER)
+
+
+def test_who_has_no_turn_defers_nothing():
+    assert Turns(()).needed(1, 7) == Turns(()).reach(1, 7) == Turns(()).length(1, 7) == 7
