@@ -10,6 +10,7 @@ from vllm.v1.request import Request
 from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.parked_manager import ParkedManager
 from vllm_reroute.kv_cache.stage_manager import StageManager
+from vllm_reroute.plan.chunks import LAST_TOKENS
 from vllm_reroute.plan.request_routing import RequestRouting
 
 
@@ -19,7 +20,7 @@ class PrefixHits:
     The text prefix is a hit where every stage has it. Behind it only what does not depend on the
     question is cached: K/V of the stages before the first decision, and the states parked at its
     input. Both are needed to go on from there, and neither may be missing. So stages hold hits of
-    two lengths. The prompt's last token is never a hit: the step that runs it takes the decisions.
+    two lengths. The prompt's last tokens are never a hit: the step that runs them takes the decisions.
     """
 
     def __init__(self, manager: KVCacheManager, live: LiveRouting) -> None:
@@ -53,7 +54,7 @@ class PrefixHits:
         size, parked = self.live.block_size, self._parked
         null_page = (self.manager.block_pool.null_block,) * parked.num_layers
         begin = routing.text_prefix // size
-        limit = (min(request.num_tokens, routing.num_prompt) - 1) // size
+        limit = (min(request.num_tokens, routing.num_prompt) - LAST_TOKENS) // size
         pages: list[Any] = []
         for block_hash in request.block_hashes[begin:limit]:
             found = [m.cached_blocks(block_hash) for m in self._reusable]

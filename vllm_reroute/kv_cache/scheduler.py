@@ -18,6 +18,8 @@ from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.parked_manager import ParkedManager
 from vllm_reroute.kv_cache.prefix_hits import PrefixHits
 from vllm_reroute.logger import reroute_logger
+from vllm_reroute.plan.chunks import LAST_TOKENS, prefill_chunk
+from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.schedule import RoutingSchedule
 
 logger = reroute_logger(__name__)
@@ -73,7 +75,7 @@ class RoutedSchedulerMixin:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[list[int], int, int, list[int], list[int]]:
-        """As the base; a prompt whose decisions do not fit this step stops before its last token."""
+        """As the base; a prompt whose decisions do not fit this step stops before its last tokens."""
         if num_computed_tokens >= request.num_prompt_tokens:
             # All images are behind: nothing to look up in a decode step.
             return [], num_new_tokens, encoder_compute_budget, [], []
@@ -85,21 +87,23 @@ class RoutedSchedulerMixin:
             *args,
             **kwargs,
         )
-        if self._hold_back(request, num_computed_tokens, num_new_tokens):
-            num_new_tokens = request.num_prompt_tokens - 1 - num_computed_tokens
+        routing = self.live.of(request)
+        if routing is not None:
+            if self._hold_back(routing, num_computed_tokens, num_new_tokens):
+                num_new_tokens = routing.num_prompt - LAST_TOKENS - num_computed_tokens
+            num_new_tokens = prefill_chunk(routing, num_computed_tokens, num_new_tokens)
         if num_new_tokens == 0 and request.status is not RequestStatus.RUNNING:
             # It stays in the queue: what the base has reserved for it, others may need.
             self.encoder_cache_manager.free(request)
         return inputs, num_new_tokens, *rest
 
-    def _hold_back(self, request: Request, num_computed: int, num_new: int) -> bool:
+    def _hold_back(self, routing: RequestRouting, num_computed: int, num_new: int) -> bool:
         """Whether taking the request's decisions now would make the step too large.
 
         A decision looks at its prompts side by side, padded to the longest: together no more than a
         step's tokens, or one prompt's.
         """
-        routing = self.live.of(request)
-        if routing is None or not num_computed < routing.num_prompt <= num_computed + num_new:
+        if not num_computed < routing.num_prompt <= num_computed + num_new:
             return False
         count, width = self._deciding
         count, width = count + 1, max(width, num_computed + num_new)
