@@ -235,6 +235,7 @@ def state(model):
     with set_current_vllm_config(model.config):
         state = RoutedModelState(model.config, model.model, None, CPU)
     state.initialize_kv_cache(model.kv_cache_config, None)
+    state._is_warm = True
     return state
 
 
@@ -295,6 +296,7 @@ def test_v2_warms_up_every_stage_once_and_leaves_nothing(model, run, state):
     """Not in a dummy run, which vLLM may be measuring."""
     before, seen = model.pool.clone(), []
     key_pages._FOUND.clear()
+    state._is_warm = False
     model.decoder.observer = seen.append
     state.add_request(0, new_request("text"))
     prepare(model, run, state, v2_batch(None, [0], [5]))
@@ -364,7 +366,6 @@ def test_v2_pads_where_a_full_graph_replays(model, run, state, mode):
     state.add_request(0, new_request("text"))
     batch = v2_batch(["text"], [4], [1])
     batch.num_tokens_after_padding = 3
-    prepare(model, run, state, batch)  # warms up
     model.decoder.tables.slot_mappings[:, :4] = 7
     prepare(model, run, state, batch, mode=mode)
     slots = model.decoder.tables.slot_mappings[0, 1:4].tolist()
