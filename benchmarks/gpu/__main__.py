@@ -11,6 +11,7 @@ report is written after each: `gpu.md` and `gpu.json`, with `logs/` beside them.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -112,10 +113,8 @@ def run(step: Step, out: Path, *, trial: bool) -> str:
 
 
 def _end(process: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -38,7 +38,12 @@ STEPS = (
             ("fp32", "float32", "TRITON_ATTN", ""),
             ("bf16", "bfloat16", "FLASH_ATTN", ""),
             ("bf16-triton", "bfloat16", "TRITON_ATTN", ""),
-            ("fp32-remove", "float32", "TRITON_ATTN", "--schedule fastv --action remove --tier 128"),
+            (
+                "fp32-remove",
+                "float32",
+                "TRITON_ATTN",
+                "--schedule fastv --action remove --tier 128",
+            ),
         )
     ),
     *(
