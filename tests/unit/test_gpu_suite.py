@@ -21,7 +21,7 @@ def test_steps_are_chosen_by_how_they_begin():
         "profile-pdrop-64",
     ]
     with pytest.raises(
-        ValueError, match="--only kernel5: no step begins so. Choose of: environment"
+        ValueError, match=r"--only kernel5: no step begins so\. Choose of: environment"
     ):
         chosen(["kernels", "kernel5"])
 

@@ -8,6 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime.interpreter import InterpretedFunction
 
 from vllm_reroute.attention import step_kernel
@@ -112,3 +115,21 @@ def test_decodes_of_the_same_batch_copy_nothing_to_the_device(monkeypatch):
     pair.check(later)
     pair.fill(later, runner=runner, lengths=False)
     assert len(copied) == 4, "the plan's lengths, in one"
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_it_compiles_for_gpus(capability):
+    """The interpreter takes Python; a GPU's compiler does not take all of it."""
+    constants = {"BLOCK": 16, "PAD": -1, "TILE": 128}
+    wide = ("interleaved", "interleaved_strides", "slots")
+    narrow = ("seq_lens", "starts", "deferred", "layer_facts", "block_tables")
+    kinds = dict.fromkeys(wide, "*i64") | dict.fromkeys(narrow, "*i32")
+    kinds |= dict.fromkeys(("out_seq_lens", "out_starts"), "*i32")
+    kinds |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        fn=fill_kernel,
+        signature={name: kinds.get(name, "i32") for name in fill_kernel.arg_names},
+        constexprs=constants,
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert compiled.asm["ptx"]
