@@ -264,11 +264,11 @@ def test_small_steps_are_accepted(engine_config, limits):
     assert {name: getattr(config.scheduler_config, name) for name in limits} == limits
 
 
-def test_steps_too_small_for_any_image_are_refused(engine_config):
-    with pytest.raises(
-        ValueError, match=r"--long-prefill-token-threshold 1 .*Allowed: 0 .*Raise it"
-    ):
-        engine_config(additional_config=ROUTED, max_model_len=512, long_prefill_token_threshold=1)
+@pytest.mark.parametrize("option", ["long_prefill_token_threshold", "max_num_scheduled_tokens"])
+def test_steps_too_small_for_any_image_are_refused(engine_config, option):
+    flag = option.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"--{flag} 1 .*Allowed: unset, .*Raise it"):
+        engine_config(additional_config=ROUTED, max_model_len=512, **{option: 1})
 
 
 @pytest.mark.parametrize(

@@ -85,14 +85,16 @@ class StepTables:
         reqs = vllm_config.scheduler_config.max_num_seqs
         max_len = vllm_config.model_config.max_model_len
         device = torch.device(vllm_config.device_config.device)
-        self.allocate(
-            block_size=size,
-            max_reqs=reqs,
-            max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-            max_blocks=-(-max_len // size),
-            device=device,
-        )
         runners = table_bytes(sum(self.num_layers) + other_layers, reqs, max_len, size)
+        # Measured in inference mode, but written in every step.
+        with torch.inference_mode(False):
+            self.allocate(
+                block_size=size,
+                max_reqs=reqs,
+                max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+                max_blocks=-(-max_len // size),
+                device=device,
+            )
         self._set_aside = torch.empty(RUNNER_COPIES * runners, dtype=torch.uint8, device=device)
 
     def release_reserve(self) -> None:

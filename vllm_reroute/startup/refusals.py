@@ -187,13 +187,14 @@ def check_config(vllm_config: VllmConfig) -> None:
             f"not been tested with. Allowed: {_WEIGHTS}. Use such a checkpoint, or serve without "
             "--reroute-schedule."
         )
-    longest = vllm_config.scheduler_config.long_prefill_token_threshold
-    if 0 < longest < LAST_TOKENS:
-        raise ValueError(
-            f"--long-prefill-token-threshold {longest} cannot be combined with visual-token routing: an "
-            f"image prompt runs at least {LAST_TOKENS} tokens at a time. Allowed: 0 (no threshold), or "
-            f"{LAST_TOKENS} and more. Raise it, or serve without --reroute-schedule."
-        )
+    for option in ("long_prefill_token_threshold", "max_num_scheduled_tokens"):
+        most = getattr(vllm_config.scheduler_config, option)
+        if most is not None and 0 < most < LAST_TOKENS:
+            raise ValueError(
+                f"--{option.replace('_', '-')} {most} cannot be combined with visual-token routing: an "
+                f"image prompt runs at least {LAST_TOKENS} tokens at a time. Allowed: unset, or "
+                f"{LAST_TOKENS} and more. Raise it, or serve without --reroute-schedule."
+            )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(
             "vLLM has switched its hybrid KV cache manager off for this configuration, but every "
