@@ -3,7 +3,7 @@
 Every step is a process of its own with a time limit; one that fails does not end the others. The
 report is written after each: `gpu.md` and `gpu.json`, with `logs/` beside them.
 
-    make gpu                                   # everything, about an hour
+    make gpu                                   # everything
     make gpu ARGS="--only environment kernels oracle graphs"   # whether it is right
     make gpu ARGS="--only speed"               # names, or how they begin
     make gpu ARGS="--trial"                    # tiny, on CPU: that the steps run; its numbers mean nothing
