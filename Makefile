@@ -25,7 +25,7 @@ GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # Nothing here talks to a model hub, and nothing reports usage.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
-.PHONY: help setup demo quality bench test serve dist lint
+.PHONY: help setup demo quality bench gpu test serve dist lint
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -41,6 +41,9 @@ quality: $(READY) ## ask dense, routed and downsampled servers the same question
 
 bench: $(READY) ## measure routed engines against stock vLLM, about 40 minutes (ARGS="--quick" for a trial)
 	@$(OFFLINE) $(BIN)/python -m benchmarks.bench $(ARGS)
+
+gpu: $(READY) ## on a machine with a GPU: is it right and how fast, in one report (ARGS="--trial" for a trial on CPU)
+	@$(OFFLINE) $(BIN)/python -m benchmarks.gpu $(ARGS)
 
 test: $(READY) ## run the tests (ARGS="-k name" for some of them; VLLM=0.33 for a preview with that vLLM's Python)
 	@$(OFFLINE) OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \

@@ -128,3 +128,12 @@ def runner_name(llm: Any) -> str:
     executor = llm.llm_engine.engine_core.engine_core.model_executor
     worker = executor.driver_worker.worker
     return "V2" if worker.use_v2_model_runner else "V1"
+
+
+def fill_by_kernel(llm: Any) -> None:
+    """From now on the tables of steps are filled as on GPUs; for V2, whose process interprets Triton."""
+    from vllm_reroute.attention.step_kernel import KernelFill
+
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    tables = worker.model_runner.get_model().routed_decoder.tables
+    tables.kernel = KernelFill(tables)

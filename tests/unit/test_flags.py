@@ -252,7 +252,8 @@ def test_an_unset_block_size_is_the_smallest(model_folder, block_size):
     ).create_engine_config()
     stock = EngineArgs(**arguments).create_engine_config()
     assert routed.cache_config.block_size == (block_size or 32)
-    assert stock.cache_config.block_size == (block_size or 128)
+    assert stock.cache_config.user_specified_block_size == (block_size is not None)
+    assert block_size is None or stock.cache_config.block_size == block_size
 
 
 def test_schedules_differ_in_the_compile_hash(model_folder):

@@ -26,6 +26,7 @@ from vllm_reroute.schedule.budget import num_kept, num_kept_of_images
 
 from .parts import feature, make_request
 from .steps import Going, plan_of, routing_of
+from .test_decision_cost import Operations
 
 NUWA = {CONFIG_KEY: {"schedule": "nuwa"}}
 CPU = torch.device("cpu")
@@ -131,7 +132,9 @@ def test_rows_are_split_again():
     rows = [with_anchor_column(*image) for image in zip(images, marks, strict=True)]
     assert [tuple(row.shape) for row in rows] == [(3, 5), (2, 5)]
     places = torch.tensor([0, 1, 1, 1, 0, 0, 1, 1, 0], dtype=torch.bool)
-    embeds = model.embed_input_ids(torch.arange(9), rows, is_multimodal=places)
+    with Operations() as operations:
+        embeds = model.embed_input_ids(torch.arange(9), rows, is_multimodal=places)
+    assert operations.seen["aten.masked_scatter_.default"] == 1, "no index by a mask: that waits"
     assert embeds.tolist() == [[row] * 4 for row in (0, 7, 7, 7, 4, 5, 8, 8, 8)]
     assert model.encoder_scores(9).tolist() == [0, 1, 0, 1, 0, 0, 0, 1, 0]
     model.embed_input_ids(torch.arange(3), [], is_multimodal=torch.zeros(3, dtype=torch.bool))

@@ -1,16 +1,29 @@
 """What a routed engine refuses at start, each with option, value, what is allowed, and a cure."""
 
 import dataclasses
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import vllm
 from transformers import AutoConfig, LlamaConfig
-from vllm.config import CompilationConfig, KVEventsConfig, KVTransferConfig, PoolerConfig
+from vllm.config import (
+    AttentionConfig,
+    CompilationConfig,
+    KVEventsConfig,
+    KVTransferConfig,
+    PoolerConfig,
+)
 from vllm.config.ec_transfer import ECTransferConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.interface import DeviceCapability
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_reroute.schedule import CONFIG_KEY
+from vllm_reroute.startup import attention_backend
+from vllm_reroute.startup import engine_config as startup
+from vllm_reroute.startup.attention_backend import choose_attention_backend
 from vllm_reroute.startup.refusals import (
     ALLOWED_CUDAGRAPH_MODES,
     REFUSALS,
@@ -122,18 +135,90 @@ def test_accepted(engine_args, option, value):
     check_arguments(engine_args)
 
 
-@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
-def test_cuda_graphs_of_image_prefills_are_refused(engine_args, mode):
-    engine_args.compilation_config = CompilationConfig(cudagraph_mode=mode)
+def test_cuda_graphs_of_image_prefills_are_refused(engine_args, monkeypatch):
+    engine_args.compilation_config = CompilationConfig(cudagraph_mode="FULL")
     with pytest.raises(ValueError) as refused:
         check_arguments(engine_args)
     for part in (
         "--compilation-config",
-        f"cudagraph_mode {mode}",
-        "Allowed: NONE, FULL_DECODE_ONLY",
+        "cudagraph_mode FULL ",
+        "Allowed: NONE, PIECEWISE, FULL_DECODE_ONLY, FULL_AND_PIECEWISE",
         "Leave it out",
     ):
         assert part in str(refused.value)
+    # vLLM makes it FULL of FULL_AND_PIECEWISE where nothing is split.
+    with pytest.raises(ValueError, match=r"cudagraph_mode FULL .*leave out splitting_ops"):
+        check_config(SimpleNamespace(compilation_config=engine_args.compilation_config))
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    engine_args.compilation_config.cudagraph_mode = None
+    with pytest.raises(ValueError, match="VLLM_USE_BREAKABLE_CUDAGRAPH=1 cannot be combined"):
+        check_config(SimpleNamespace(compilation_config=engine_args.compilation_config))
+
+
+BACKENDS = AttentionBackendEnum
+
+
+@pytest.mark.parametrize(
+    "given,error",
+    [
+        ({"attention_backend": BACKENDS.FLASHINFER}, "--attention-backend FLASHINFER cannot"),
+        (
+            {
+                "attention_config": AttentionConfig(
+                    backend_per_kind={"full_attention": "FLASHINFER"}
+                )
+            },
+            "backend_per_kind full_attention FLASHINFER cannot",
+        ),
+    ],
+)
+def test_attention_backends_that_cannot_route_are_refused(model_folder, given, error):
+    args = EngineArgs(model=str(model_folder), max_model_len=512, additional_config=ROUTED, **given)
+    with pytest.raises(ValueError, match=f"{error}.*Allowed: CPU_ATTN, FLASH_ATTN.*Leave it out"):
+        args.create_engine_config()
+
+
+@pytest.mark.parametrize(
+    "fitting,chosen",
+    [
+        (("FLASHINFER", "FLASH_ATTN", "TRITON_ATTN"), "FLASH_ATTN"),
+        (("FLASHINFER", "TRITON_ATTN"), "TRITON_ATTN"),
+        (("FLASH_ATTN", "FLASHINFER"), None),
+        ((), None),
+        (("FLASHINFER", "FLEX_ATTENTION"), ValueError),
+    ],
+)
+def test_the_best_backend_that_routes_is_chosen(engine_config, monkeypatch, fitting, chosen):
+    """vLLM prefers FlashInfer on some GPUs."""
+    config = engine_config()
+    candidates = [
+        SimpleNamespace(backend=BACKENDS[name], priority=priority)
+        for priority, name in enumerate(fitting)
+    ]
+    gpu = SimpleNamespace(
+        is_cuda=lambda: True,
+        get_device_capability=lambda: DeviceCapability(10, 0),
+        get_valid_backends=lambda *_: (candidates[::-1], {}),
+    )
+    monkeypatch.setattr(attention_backend, "current_platform", gpu)
+    if chosen is ValueError:
+        with pytest.raises(ValueError, match="only FLASHINFER, FLEX_ATTENTION fit this GPU"):
+            choose_attention_backend(config)
+        return
+    choose_attention_backend(config)
+    assert config.attention_config.backend is (BACKENDS[chosen] if chosen else None)
+
+
+def test_vllm_prefers_flashinfer_there_and_takes_what_it_is_asked(engine_config, monkeypatch):
+    """Fails once vLLM no longer does: then nothing has to be chosen in its place."""
+    monkeypatch.setitem(sys.modules, "vllm._C_stable_libtorch", ModuleType("compiled half"))
+    from vllm.platforms.cuda import CudaPlatformBase, _get_backend_priorities
+
+    capability = DeviceCapability(10, 0)
+    assert _get_backend_priorities(False, capability)[0] is BACKENDS.FLASHINFER
+    asked = attention_backend._selector_config(engine_config(dtype="bfloat16"))
+    valid, why_not = CudaPlatformBase.get_valid_backends(capability, asked, 4)
+    assert "TRITON_ATTN" in [candidate.backend.name for candidate in valid], why_not
 
 
 @pytest.mark.parametrize("mode", ALLOWED_CUDAGRAPH_MODES)
@@ -177,6 +262,42 @@ def test_small_steps_are_accepted(engine_config, limits):
     """An image prompt runs in chunks, however small: nothing need fit a step."""
     config = engine_config(additional_config=ROUTED, max_model_len=512, **limits)
     assert {name: getattr(config.scheduler_config, name) for name in limits} == limits
+
+
+@pytest.mark.parametrize("option", ["long_prefill_token_threshold", "max_num_scheduled_tokens"])
+def test_steps_too_small_for_any_image_are_refused(engine_config, option):
+    flag = option.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"--{flag} 1 .*Allowed: unset, .*Raise it"):
+        engine_config(additional_config=ROUTED, max_model_len=512, **{option: 1})
+
+
+@pytest.mark.parametrize(
+    "seqs,max_len,on_cpu,on_gpu",
+    [
+        (256, 4096, 32, None),
+        (1024, 32768, 32, None),
+        (1024, 262144, 64, 64),
+        (1024, 10**7, 128, 128),
+    ],
+)
+def test_blocks_grow_before_their_tables_do(
+    engine_config, monkeypatch, seqs, max_len, on_cpu, on_gpu
+):
+    """36 layers, an int32 for each block of the longest request, in two copies: at most 2 GiB."""
+    config = engine_config()
+    cache = config.cache_config
+    monkeypatch.setattr(config.scheduler_config, "max_num_seqs", seqs)
+    monkeypatch.setattr(config.model_config, "max_model_len", max_len)
+    monkeypatch.setattr(config.model_config.hf_text_config, "num_hidden_layers", 36)
+    startup._choose_block_size(config)
+    assert cache.block_size == on_cpu
+    monkeypatch.setattr(startup, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    cache.block_size = 16
+    startup._choose_block_size(config)
+    assert (cache.block_size, cache.user_specified_block_size) == (on_gpu or 16, bool(on_gpu))
+    cache.block_size, cache.user_specified_block_size = 48, True
+    startup._choose_block_size(config)
+    assert cache.block_size == 48, "the user's own"
 
 
 def test_what_only_the_finished_config_shows(engine_config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
+from vllm_reroute.attention import key_pages
 from vllm_reroute.attention.step import DUMMY_STEP, RoutedStep
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.step_plan import Places
@@ -120,7 +122,7 @@ class Batch:
         )
 
     def planned(self, scheduled, **changes):
-        sizes = {"num_tokens": sum(scheduled.values()), "num_reqs": 2, **changes}
+        sizes = {"num_tokens": sum(scheduled.values()), "num_reqs": 2, "dummy": False, **changes}
         return planned_step(self.runner, num_scheduled_tokens=scheduled, **sizes)
 
 
@@ -140,8 +142,26 @@ def test_v1_sets_one_step_on_all_builders_and_takes_it_back(model, run):
 
 def test_v1_dummy_runs_have_a_step_of_their_own(model, run):
     runner = Batch(model, run, [0, 0]).runner
-    with planned_step(runner, num_tokens=8, num_reqs=2, num_scheduled_tokens=None):
+    with planned_step(runner, num_tokens=8, num_reqs=2, num_scheduled_tokens=None, dummy=True):
         assert all(builder.step is DUMMY_STEP for builder in model.builders)
+
+
+def test_v1_a_step_is_never_taken_for_a_dummy_run(model, run):
+    batch, wrong = Batch(model, run, [0, 0]), "in a way vllm_reroute does not know"
+    with pytest.raises(RuntimeError, match=f"{wrong}: a step, num_scheduled_tokens missing"):
+        MODEL_RUNNER_V1.wrapper(
+            lambda *_, **__: None, batch.runner, num_tokens=2, num_reqs=2, logits_indices=0
+        )
+    with pytest.raises(RuntimeError, match=wrong), batch.planned({"text": 3}, capturing=True):
+        pass
+    with pytest.raises(RuntimeError, match=wrong), batch.planned({"text": 3}, dummy=True):
+        pass
+    scheduled = {"text": 3, "image": NUM_PROMPT}
+    with (
+        pytest.raises(RuntimeError, match="decode step"),
+        batch.planned(scheduled, full_graph=True),
+    ):
+        pass
 
 
 def test_v1_leaves_other_models_alone(model, run):
@@ -204,6 +224,7 @@ def test_v1_s_hook_speaks_of_the_step_with_padding(model, run, monkeypatch):
         max_query_len=1,
         num_tokens_padded=6,
         num_scheduled_tokens={"text": 1, "image": 1},
+        logits_indices=torch.arange(2),
     )
     assert built == "metadata" and isinstance(seen[0][0], RoutedStep)
     assert model.decoder.tables.slot_mappings[0, 2:8].tolist() == [-1] * 4 + [5, 5]
@@ -214,6 +235,7 @@ def state(model):
     with set_current_vllm_config(model.config):
         state = RoutedModelState(model.config, model.model, None, CPU)
     state.initialize_kv_cache(model.kv_cache_config, None)
+    state._is_warm = True
     return state
 
 
@@ -270,14 +292,63 @@ def test_v2_hands_the_step_to_build(model, run, state):
     assert [builder.step for builder in model.builders] == [None] * 4, "nothing is left behind"
 
 
+def test_v2_warms_up_every_stage_once_and_leaves_nothing(model, run, state):
+    """Not in a dummy run, which vLLM may be measuring."""
+    before, seen = model.pool.clone(), []
+    key_pages._FOUND.clear()
+    state._is_warm = False
+    model.decoder.observer = seen.append
+    state.add_request(0, new_request("text"))
+    prepare(model, run, state, v2_batch(None, [0], [5]))
+    assert not key_pages._FOUND
+    run_stage, ran = model.decoder._runs, Counter()
+
+    def counted(index, stage):
+        return lambda *args: (ran.update([index]), stage(*args))[1]
+
+    model.decoder._runs = tuple(counted(*pair) for pair in enumerate(run_stage))
+    try:
+        for _ in range(2):
+            plan = plan_in(prepare(model, run, state, v2_batch(["text"], [0], [5])))
+            assert ran == {0: 2, 1: 2, 2: 2}, "one prompt at once, and one in two chunks"
+    finally:
+        model.decoder._runs, model.decoder.observer = run_stage, None
+    assert key_pages._FOUND, "the layout of keys has been looked up"
+    assert plan.boundary is None and plan.num_tokens == 5, "the step is the runner's own"
+    assert torch.equal(model.pool, before)
+    assert not seen, "nobody is told"
+
+
+def test_a_run_without_metadata_takes_room_for_the_tables(model, monkeypatch):
+    """That is when vLLM measures memory; the first builder gives back what was set aside."""
+    tables = model.decoder.tables
+    monkeypatch.setattr(tables, "allocated", False)
+    monkeypatch.setattr(tables, "allocate", lambda **sizes: None)
+    model.forward(torch.zeros(4, model.hidden_size), torch.arange(4), None)
+    assert tables._set_aside is not None
+    monkeypatch.undo()
+    for (group,) in model.attn_groups:
+        group.create_metadata_builders(model.config, CPU)
+    assert tables._set_aside is None
+    model.builders[:] = [group.get_metadata_builder() for (group,) in model.attn_groups]
+
+
 def test_v2_dummy_runs_route_nothing(model, run, state):
     state.add_request(0, new_request("image", [feature(40, 20)]))
     assert plan_in(prepare(model, run, state, v2_batch(None, [0, 0], [30, 5]))) is None
     known = v2_batch(["image"], [0], [30])
     assert plan_in(prepare(model, run, state, known)) is not None
-    # Graphs are captured over the batch's buffers, whatever they hold.
-    captured = prepare(model, run, state, v2_batch(["image"], [0], [1]), for_capture=True)
+    captured = prepare(model, run, state, v2_batch(None, [0], [1]), for_capture=True)
     assert plan_in(captured) is None
+
+
+def test_v2_a_step_is_never_taken_for_a_dummy_run(model, run, state):
+    state.add_request(0, new_request("image", [feature(40, 20)]))
+    with pytest.raises(RuntimeError, match="captured over a batch of real requests"):
+        prepare(model, run, state, v2_batch(["image"], [0], [1]), for_capture=True)
+    with pytest.raises(RuntimeError, match="an image prefill as a decode step"):
+        batch = v2_batch(["image"], [NUM_PROMPT - 1], [1])
+        prepare(model, run, state, batch, mode=CUDAGraphMode.FULL)
 
 
 def test_v2_a_batch_half_known_is_an_error(model, run, state):
@@ -285,7 +356,8 @@ def test_v2_a_batch_half_known_is_an_error(model, run, state):
     with pytest.raises(RuntimeError, match="not told of"):
         prepare(model, run, state, v2_batch(["image", "stranger"], [0, 0], [30, 5]))
     state.remove_request("image")
-    assert plan_in(prepare(model, run, state, v2_batch(["image"], [0], [5]))) is None
+    with pytest.raises(RuntimeError, match="not told of: image"):
+        prepare(model, run, state, v2_batch(["image"], [0], [5]))
     state.remove_request("image")
 
 

@@ -77,21 +77,30 @@ TABLE = {
         [image("i", 30), image("j", 32)],
         [{"i": 30, "j": 32}, {"i": 1, "j": 1}],
     ),
-    "a decision too many stops before its last token": (
+    "a decision too many stops before its last tokens": (
         [image("i", 30), image("j", 33), text("t", 10)],
-        [{"i": 30, "j": 32, "t": 2}, {"i": 1, "j": 1, "t": 8}, {"i": 1, "j": 1, "t": 1}],
+        [{"i": 30, "j": 31, "t": 3}, {"i": 1, "j": 2, "t": 7}, {"i": 1, "j": 1, "t": 1}],
     ),
     "what was not decided goes first in the next step": (
         [*(image(name, 20, at=(2,)) for name in "ij"), image("k", 22), image("l", 20, at=(2,))],
         [
-            {"i": 20, "j": 20, "k": 21, "l": 3},
-            {"i": 1, "j": 1, "k": 1, "l": 17},
+            {"i": 20, "j": 20, "k": 20, "l": 4},
+            {"i": 1, "j": 1, "k": 2, "l": 16},
             {"i": 1, "j": 1, "k": 1, "l": 1},
         ],
     ),
+    "an image leaves no single token": ([image("i", 65)], [{"i": 63}, {"i": 2}, {"i": 1}]),
+    "nor is one run": (
+        [text("t", 63), image("i", 40, at=(0,))],
+        [{"t": 63}, {"t": 1, "i": 40}, {"t": 1, "i": 1}],
+    ),
+    "but text before it may be": (
+        [text("t", 63, first=500), image("i", 40, at=(20,))],
+        [{"t": 63, "i": 1}, {"t": 1, "i": 39}, {"t": 1, "i": 1}],
+    ),
     "one prompt longer than a step decides alone": (
         [image("i", 70), image("j", 22)],
-        [{"i": 64}, {"i": 6, "j": 21}, {"i": 1, "j": 1}],
+        [{"i": 64}, {"i": 6, "j": 20}, {"i": 1, "j": 2}],
     ),
 }
 
@@ -134,7 +143,7 @@ LIMITS = {
     "both reach their last token": (
         {"long_prefill_token_threshold": 32},
         [image("i", 100), image("j", 100)],
-        [{"i": 32, "j": 32}] * 3 + [{"i": 4, "j": 3}, {"i": 1, "j": 1}, {"i": 1, "j": 1}],
+        [{"i": 32, "j": 32}] * 3 + [{"i": 4, "j": 2}, {"i": 1, "j": 2}, {"i": 1, "j": 1}],
     ),
     "fewer tokens than a batch holds": (
         {"max_num_scheduled_tokens": 20},
@@ -204,34 +213,34 @@ def test_two_that_share_a_picture_may_begin_in_one_step(configs):
     steps = Steps(configs["routed"])
     picture = feature(20, VISUAL, name="shared")
     steps.add(make_request("a", 50, [picture]), make_request("b", [*range(40), 7, 8, 9], [picture]))
-    assert steps.run() == {"a": 50, "b": 10}, "b stops before its last token: 2 x 50 > 64"
-    assert steps.run() == {"a": 1, "b": 1}
-    assert steps.worker.num_fetched == 26, "16 of a, 10 of its own"
+    assert steps.run() == {"a": 50, "b": 9}, "b stops before its last tokens: 2 x 50 > 64"
+    assert steps.run() == {"a": 1, "b": 2}
+    assert steps.worker.num_fetched == 25, "16 of a, 9 of its own"
     steps.finish()
 
 
 def test_a_cached_prompt_waits_whole_for_its_decision(configs):
-    """All but the last token is cached, and the step decides about another already."""
+    """All but the last two tokens are cached, and the step decides about another already."""
     steps = Steps(configs["routed"])
-    steps.add(make_request("first", 49, [feature(5, VISUAL, name="shared")], max_tokens=1))
+    steps.add(make_request("first", 50, [feature(5, VISUAL, name="shared")], max_tokens=1))
     steps.finish()
-    steps.add(*(make_request(name, 49, [feature(5, VISUAL, name="shared")]) for name in "ab"))
-    assert [steps.run() for _ in range(2)] == [{"a": 1}, {"a": 1, "b": 1}]
+    steps.add(*(make_request(name, 50, [feature(5, VISUAL, name="shared")]) for name in "ab"))
+    assert [steps.run() for _ in range(2)] == [{"a": 2}, {"a": 1, "b": 2}]
     steps.finish()
 
 
 def test_who_waits_for_its_decision_holds_no_place_in_the_encoder_cache(configs):
-    """Its last token belongs to the picture's placeholder, but is no visual token."""
+    """Its last tokens belong to the picture's placeholder, but are no visual tokens."""
 
     def ask(name, **options):
-        separators = [1] * VISUAL + [0] * 28
-        return make_request(name, 49, [feature(5, 44, separators, name="shared")], **options)
+        separators = [1] * VISUAL + [0] * 29
+        return make_request(name, 50, [feature(5, 45, separators, name="shared")], **options)
 
     steps = Steps(configs["routed"], encoder_cache=VISUAL)
     steps.add(ask("first", max_tokens=1))
     steps.finish()
     steps.add(ask("a"), ask("b"))
-    assert steps.run() == {"a": 1}, "`check_waiting` has looked at b"
+    assert steps.run() == {"a": 2}, "`check_waiting` has looked at b"
     steps.finish()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -189,13 +190,37 @@ def test_tensors_stay_where_they_are(seed):
         )
         assert dummy.seq_lens.data_ptr() == tables.seq_lens[n % 4].data_ptr()
     assert len(seen) == 1
-    tables.allocate(block_size=8, max_reqs=1, max_tokens=1, max_blocks=1, device=CPU)
+    tables.allocate(block_size=BLOCK, max_reqs=1, max_tokens=1, max_blocks=1, device=CPU)
     assert [list(tensor.shape) for tensor in tensors_of(tables)] == [
         [9, MAX_REQS, MAX_BLOCKS],
         [9, MAX_TOKENS],
         [4, MAX_REQS],
         [4, MAX_REQS + 1],
     ]
+
+
+def test_room_is_taken_before_the_pool_is_sized():
+    """Of all tables: its own stay, the runner's are set aside until it allocates them."""
+    tables = StepTables([2, 7])
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=BLOCK),
+        scheduler_config=SimpleNamespace(max_num_seqs=MAX_REQS, max_num_batched_tokens=MAX_TOKENS),
+        model_config=SimpleNamespace(max_model_len=MAX_BLOCKS * BLOCK - 1),
+        device_config=SimpleNamespace(device=CPU),
+    )
+    tables.reserve(config, other_layers=3)
+    assert tables.block_tables.shape == (9, MAX_REQS, MAX_BLOCKS)
+    assert tables._set_aside.nbytes == 2 * 4 * (9 + 3) * MAX_REQS * MAX_BLOCKS
+    where, held = tables.block_tables.data_ptr(), weakref.ref(tables._set_aside)
+    tables.reserve(config, other_layers=3)
+    assert tables._set_aside is held()
+    tables.release_reserve()
+    assert held() is None
+    with pytest.raises(AssertionError):
+        tables.allocate(
+            block_size=BLOCK, max_reqs=1, max_tokens=1, max_blocks=MAX_BLOCKS + 1, device=CPU
+        )
+    assert tables.block_tables.data_ptr() == where
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)

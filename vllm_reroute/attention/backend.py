@@ -79,6 +79,7 @@ def _stage_builder(underlying: type[AttentionBackend]) -> type:
             layers = vllm_config.compilation_config.static_forward_context
             self.stage = kv_cache_spec.stage
             self.tables = layers[layer_names[0]].tables
+            self.tables.release_reserve()
             max_len = vllm_config.model_config.max_model_len
             entries = kv_cache_spec.max_num_blocks_per_req(vllm_config, max_len)
             self.tables.allocate(

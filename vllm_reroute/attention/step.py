@@ -32,3 +32,13 @@ def real_step(step: RoutedStep | None) -> RoutedStep:
             "runner in use is not known to vllm_reroute; serve without --reroute-schedule."
         )
     return step
+
+
+def check_graph(step: RoutedStep, *, full_graph: bool) -> None:
+    """Raises RuntimeError for a step a captured graph of the whole model would run without routing."""
+    if full_graph and step.plan is not None and step.plan.boundary is not None:
+        raise RuntimeError(
+            "vLLM would run an image prefill as a decode step, in a captured CUDA graph, where nothing "
+            "is routed. The scheduler in use is not that of vllm_reroute; serve without "
+            "--reroute-schedule, or with --enforce-eager."
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,8 +13,14 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from vllm_reroute.kv_cache import interleaving
+from vllm_reroute.plan.capacity import RUNNER_COPIES, table_bytes
 from vllm_reroute.plan.step_plan import Places, StageLengths, StepPlan
 from vllm_reroute.to_device import to_device
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_reroute.attention.step_kernel import KernelFill
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,22 @@ class StageViews:
     slot_mappings: tuple[torch.Tensor, ...]
 
 
+@dataclass(frozen=True)
+class RunnerLengths:
+    """The runner's own tensors of a step, on the device, padding included.
+
+    seq_lens: [requests] int32, K/V entries of a request that keeps everything. query_start_loc:
+    [requests + 1] int32.
+    """
+
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+
+
 class StepTables:
     """Device tensors of all stages, allocated once and written in place every step.
+
+    On GPUs one kernel fills them (`step_kernel.py`), elsewhere some operations of torch.
 
     CUDA graphs replay with the addresses they were captured with, so nothing here moves. Rows
     beyond the batch are padding: length 0, some block, slot `PAD_SLOT_ID`.
@@ -50,6 +71,35 @@ class StepTables:
         """num_layers: of each stage."""
         self.num_layers = tuple(num_layers)
         self.allocated = False
+        self._set_aside: torch.Tensor | None = None
+
+    def reserve(self, vllm_config: VllmConfig, other_layers: int) -> None:
+        """Take the room for all block tables while vLLM measures memory, before it sizes its pool.
+
+        That is this object's own, and what the runner's will need once it has a pool: it is set
+        aside until then. other_layers: of K/V groups besides the stages'. Later calls do nothing.
+        """
+        if self.allocated:
+            return
+        size = vllm_config.cache_config.block_size
+        reqs = vllm_config.scheduler_config.max_num_seqs
+        max_len = vllm_config.model_config.max_model_len
+        device = torch.device(vllm_config.device_config.device)
+        runners = table_bytes(sum(self.num_layers) + other_layers, reqs, max_len, size)
+        # Measured in inference mode, but written in every step.
+        with torch.inference_mode(False):
+            self.allocate(
+                block_size=size,
+                max_reqs=reqs,
+                max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+                max_blocks=-(-max_len // size),
+                device=device,
+            )
+        self._set_aside = torch.empty(RUNNER_COPIES * runners, dtype=torch.uint8, device=device)
+
+    def release_reserve(self) -> None:
+        """The runner is about to allocate its tables."""
+        self._set_aside = None
 
     def allocate(
         self,
@@ -60,8 +110,12 @@ class StepTables:
         max_blocks: int,
         device: torch.device,
     ) -> None:
-        """Once the size of a block is known; later calls do nothing."""
+        """Once the size of a block is known; later calls only check that they ask for no more.
+
+        The longest request may have become shorter since, where vLLM fits it to the pool.
+        """
         if self.allocated:
+            assert block_size == self.block_size and max_blocks <= self.max_blocks
             return
         stages, layers = len(self.num_layers), sum(self.num_layers)
         self.block_size, self.max_tokens, self.max_blocks = block_size, max_tokens, max_blocks
@@ -79,6 +133,11 @@ class StepTables:
         self._stage_of_layer = torch.from_numpy(stage_of_layer).to(device)
         self._columns = lru_cache(maxsize=64)(self._dealing_columns)
         self._latest: list[tuple[tuple[int, int], StageViews] | None] = [None] * stages
+        self.kernel: KernelFill | None = None
+        if device.type == "cuda":
+            from vllm_reroute.attention.step_kernel import KernelFill
+
+            self.kernel = KernelFill(self)
         self.allocated = True
 
     def fill(
@@ -88,12 +147,19 @@ class StepTables:
         *,
         num_reqs: int,
         num_tokens: int,
+        lengths: RunnerLengths | None = None,
     ) -> None:
         """Write this step's values for all stages.
 
         interleaved: per stage, the runner's block table [requests, entries] (`interleaving.py`).
-        num_reqs, num_tokens: of the step with the runner's padding.
+        num_reqs, num_tokens: of the step with the runner's padding. lengths: the runner's, which a
+        kernel reads in place of the plan's where they say the same.
         """
+        if self.kernel is not None:
+            self.kernel(
+                plan, interleaved, num_reqs=num_reqs, num_tokens=num_tokens, lengths=lengths
+            )
+            return
         planned, stages = plan.num_reqs, len(self.num_layers)
         running = [lengths.num_tokens for lengths in plan.stages]
         # A stage of more rows runs in pieces, which bring slots of their own.

@@ -7,7 +7,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_reroute.families.visual_tokens import visual_tokens_per_image
 from vllm_reroute.kv_cache.spec import ParkedSpec
-from vllm_reroute.plan.capacity import candidate_capacity
+from vllm_reroute.plan.capacity import RUNNER_COPIES, candidate_capacity, table_bytes
 from vllm_reroute.report import MIB, footprint_lines, model_lines, schedule_lines
 from vllm_reroute.schedule import RoutingSchedule
 from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
@@ -52,13 +52,15 @@ def _held_lines(
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     pages = next(spec.num_layers for spec in specs if isinstance(spec, ParkedSpec))
     size = footprint.block_size
-    blocks = -(-model_config.max_model_len // size)
-    tables = 4 * footprint.schedule.num_layers * scheduler.max_num_seqs * blocks
+    layers, reqs = footprint.schedule.num_layers, scheduler.max_num_seqs
+    tables = table_bytes(layers, reqs, model_config.max_model_len, size)
+    runners = RUNNER_COPIES * table_bytes(layers + pages, reqs, model_config.max_model_len, size)
     return [
         f"deferred-token buffer: {held / MIB:.3f} MiB on every worker "
         f"({rows if held else 0} rows of {row_bytes} bytes), allocated with the model",
-        f"block tables of all layers: {tables / MIB:.3f} MiB on every worker, and as much in vLLM's runner "
-        "(layers x sequences x blocks of the longest request)",
+        f"block tables of all layers: {tables / MIB:.3f} MiB on every worker, and {runners / MIB:.3f} MiB in "
+        f"vLLM's runner, allowed for before the K/V pool is sized (layers x sequences x blocks of {size} "
+        "tokens of the longest request; less with a lower --max-num-seqs or --max-model-len)",
         f"parked prompt tokens: {pages} K/V blocks for {size} tokens "
         f"({pages * footprint.bytes_per_token} bytes each) until a prompt's decisions are taken; then "
         "only the prefix cache keeps them, while nobody needs the room",

@@ -11,6 +11,7 @@ from vllm_reroute.kv_cache.kept_turns import KeptTurns
 from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.parked_manager import ParkedManager
 from vllm_reroute.kv_cache.stage_manager import StageManager
+from vllm_reroute.plan.chunks import LAST_TOKENS
 from vllm_reroute.plan.request_routing import RequestRouting
 
 
@@ -20,7 +21,7 @@ class PrefixHits:
     The text prefix is a hit where every stage has it. Behind it only what does not depend on the
     question is cached: K/V of the stages before the first decision, and the states parked at its
     input. Both are needed to go on from there, and neither may be missing. So stages hold hits of
-    two lengths. The prompt's last token is never a hit: the step that runs it takes the decisions.
+    two lengths. The prompt's last tokens are never a hit: the step that runs them takes the decisions.
 
     Where a request keeps its turns, more is cached: see `KeptTurns`.
     """
@@ -38,11 +39,16 @@ class PrefixHits:
         stages = [m for m in managers if isinstance(m, StageManager)]
         return [m for m in stages if m.stage < dense_stages]
 
-    def get_computed_blocks(self, request: Request) -> tuple[Any, int, int]:
-        """As in vLLM: blocks per group, tokens they hold, and 0 (no sparse group lags behind)."""
+    def get_computed_blocks(self, request: Request, *limit: int | None) -> tuple[Any, int, int]:
+        """As in vLLM: blocks per group, tokens they hold, and 0 (no sparse group lags behind).
+
+        limit: most tokens of a hit, from vLLM 0.33 on. Image prompts that have one are not looked up.
+        """
         routing = self.live.of(request)
         if routing is None or not self.manager.prefix_cache_lookup_enabled(request):
-            return self._stock(request)
+            return self._stock(request, *limit)
+        if any(most is not None for most in limit):
+            return self.manager.empty_kv_cache_blocks, 0, 0
         if routing.keeps_turns:
             blocks, hit = self.kept.find(request, routing)
             return self.manager.create_kv_cache_blocks(tuple(blocks)), hit, 0
@@ -59,7 +65,7 @@ class PrefixHits:
         size, parked = self.live.block_size, self._parked
         null_page = (self.manager.block_pool.null_block,) * parked.num_layers
         begin = routing.text_prefix // size
-        limit = (min(request.num_tokens, routing.num_prompt) - 1) // size
+        limit = (min(request.num_tokens, routing.num_prompt) - LAST_TOKENS) // size
         pages: list[Any] = []
         for block_hash in request.block_hashes[begin:limit]:
             found = [m.cached_blocks(block_hash) for m in self._reusable]

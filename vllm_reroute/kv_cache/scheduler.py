@@ -19,6 +19,7 @@ from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.parked_manager import ParkedManager
 from vllm_reroute.kv_cache.prefix_hits import PrefixHits
 from vllm_reroute.logger import reroute_logger
+from vllm_reroute.plan.chunks import LAST_TOKENS, prefill_chunk
 from vllm_reroute.schedule import RoutingSchedule
 
 logger = reroute_logger(__name__)
@@ -80,13 +81,14 @@ class RoutedSchedulerMixin:
         **kwargs: Any,
     ) -> tuple[list[int], int, int, list[int], list[int]]:
         """As the base, up to the end of a turn; one whose decisions do not fit this step stops before
-        its last token."""
+        its last tokens."""
         if num_computed_tokens >= request.num_prompt_tokens:
             # All images are behind: nothing to look up in a decode step.
             return [], num_new_tokens, encoder_compute_budget, [], []
-        end = self._turn_end(request, num_computed_tokens)
-        if end is not None and end < request.num_prompt_tokens:
-            num_new_tokens = min(num_new_tokens, end - num_computed_tokens)
+        routing = self.live.of(request)
+        turn = routing.turns.undecided_at(num_computed_tokens) if routing else None
+        if turn is not None and turn.end < request.num_prompt_tokens:
+            num_new_tokens = min(num_new_tokens, turn.end - num_computed_tokens)
         inputs, num_new_tokens, *rest = super()._try_schedule_encoder_inputs(
             request,
             num_computed_tokens,
@@ -95,17 +97,14 @@ class RoutedSchedulerMixin:
             *args,
             **kwargs,
         )
-        if end is not None and self._hold_back(end, num_computed_tokens, num_new_tokens):
-            num_new_tokens = end - 1 - num_computed_tokens
+        if turn is not None:
+            if self._hold_back(turn.end, num_computed_tokens, num_new_tokens):
+                num_new_tokens = turn.end - LAST_TOKENS - num_computed_tokens
+            num_new_tokens = prefill_chunk(turn, num_computed_tokens, num_new_tokens)
         if num_new_tokens == 0 and request.status is not RequestStatus.RUNNING:
             # It stays in the queue: what the base has reserved for it, others may need.
             self.encoder_cache_manager.free(request)
         return inputs, num_new_tokens, *rest
-
-    def _turn_end(self, request: Request, num_computed: int) -> int | None:
-        """End of the turn that is decided next."""
-        routing = self.live.of(request)
-        return None if routing is None else routing.turns.next_end(num_computed)
 
     def _hold_back(self, end: int, num_computed: int, num_new: int) -> bool:
         """Whether taking the decisions of a turn that ends at `end` now would make the step too large.

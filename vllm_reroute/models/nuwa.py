@@ -11,6 +11,7 @@ from vllm_reroute.nuwa.anchors import select_anchors
 from vllm_reroute.nuwa.grid import Grid
 from vllm_reroute.schedule import RoutingSchedule
 from vllm_reroute.schedule.budget import num_kept
+from vllm_reroute.to_device import to_device
 
 
 class Nuwa:
@@ -58,8 +59,11 @@ class Nuwa:
         if multimodal_embeddings is not None and len(multimodal_embeddings):
             columns = torch.cat([rows[:, -1] for rows in multimodal_embeddings])
             scores = columns.new_zeros(len(input_ids), dtype=torch.float32)
-            # The mask lives on the host, as vLLM's own merge expects: nothing waits for the device.
-            scores[is_multimodal] = columns.float()
+            # An index by a mask would wait: on the host for a copy, on the device for its result.
+            mask = is_multimodal
+            if mask.device.type == "cpu":
+                mask = to_device(mask.numpy(), scores.device)
+            scores.masked_scatter_(mask, columns.float())
             self._anchor_scores = scores
             multimodal_embeddings = [rows[:, :-1] for rows in multimodal_embeddings]
         return super().embed_input_ids(

@@ -48,9 +48,14 @@ class Turns:
         """The turn that waits for its question after `num_tokens` tokens."""
         return next((turn for turn in self.turns if turn.is_inside(num_tokens)), None)
 
+    def undecided_at(self, num_tokens: int) -> Turn | None:
+        """The first turn that is not decided after `num_tokens` tokens."""
+        return next((turn for turn in self.turns if turn.end > num_tokens), None)
+
     def next_end(self, num_tokens: int) -> int | None:
-        """End of the first turn that is not decided after `num_tokens` tokens."""
-        return next((turn.end for turn in self.turns if turn.end > num_tokens), None)
+        """Its end."""
+        turn = self.undecided_at(num_tokens)
+        return None if turn is None else turn.end
 
     def allowed(self, num_tokens: int) -> int:
         """Tokens that stages after the first decision have run of the first `num_tokens`."""

@@ -16,6 +16,7 @@ from vllm_reroute.attention.parked import ParkedExchange, ParkedStates
 from vllm_reroute.plan.capacity import candidate_capacity
 from vllm_reroute.plan.step_plan import StepPlan
 from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
+from vllm_reroute.routing.graphs import StageHandover, without_graphs
 from vllm_reroute.routing.prompt_rows import prompt_scores
 from vllm_reroute.routing.scorers.attention import LAST_TOKEN, LastTokenScorer, ScoringRule
 from vllm_reroute.routing.scorers.random import RandomScorer
@@ -50,6 +51,8 @@ class RoutedDecoder(nn.Module):
         parked_name = f"{stem}.layers.{len(layers)}.parked"
         parked = ParkedStates(attentions[0], parked_name, parked_width, vllm_config)
         self.tables = route_attention(attentions, schedule)
+        self._config = vllm_config
+        self._hand_over = StageHandover(vllm_config, hidden_size)
         self.observer: Callable[[Choice], None] | None = None
         # In tuples: these modules belong to the language model and load their weights there.
         self._parked = (parked,)
@@ -96,12 +99,15 @@ class RoutedDecoder(nn.Module):
         plan = self._current_plan()
         if plan is None or plan.boundary is None:
             return self._run_all(hidden_states, positions, additions)
-        return self._run_routed(hidden_states, positions, additions, encoder_scores, plan)
+        with without_graphs():
+            return self._run_routed(hidden_states, positions, additions, encoder_scores, plan)
 
     def _current_plan(self) -> StepPlan | None:
         """The plan travels with the metadata of the step that is really running."""
         metadata = get_forward_context().attn_metadata
         if not metadata:
+            # Before there is a K/V pool: vLLM measures what the model takes.
+            self.tables.reserve(self._config, self._parked[0].num_pages)
             return None
         own = metadata[self._names[0]]
         assert isinstance(own, StageMetadata), type(own)
@@ -116,6 +122,7 @@ class RoutedDecoder(nn.Module):
         first, *others = self._runs
         hidden_states, residual = first(positions, hidden_states, None, additions)
         for run in others:
+            hidden_states, residual = self._hand_over(hidden_states, residual)
             hidden_states, residual = run(positions, hidden_states, residual)
         return self._norm[0](hidden_states, residual)[0]
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from vllm_reroute.attention.step import RoutedStep
+from vllm_reroute.attention.step_tables import RunnerLengths
 from vllm_reroute.kv_cache.spec import StageSpec
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.step_plan import BatchRouting, Places, plan_step
@@ -68,13 +69,14 @@ class StepPlanner:
         num_reqs: int,
         num_tokens: int,
         positions_of: Callable[[Places], torch.Tensor],
+        lengths: RunnerLengths | None = None,
     ) -> RoutedStep:
         """Plan one step and fill the tables for it.
 
         requests: the batch, in order, as objects that live as long as their requests; routing_of: the
         lasting facts of one of them. num_computed, num_scheduled: [requests]. block_tables: one per
         K/V group, of at least num_reqs rows. num_reqs, num_tokens: of the step with the runner's padding. positions_of:
-        rope positions [n] or [3, n] of tokens, on the device.
+        rope positions [n] or [3, n] of tokens, on the device. lengths: the runner's, of num_reqs rows.
         """
         plan = plan_step(
             num_computed.astype(np.int64),
@@ -89,6 +91,7 @@ class StepPlanner:
             [block_tables[group] for group in self._groups],
             num_reqs=num_reqs,
             num_tokens=num_tokens,
+            lengths=lengths,
         )
         fetches = plan.boundary is not None and len(plan.boundary.fetched)
         return RoutedStep(plan, positions_of(plan.boundary.fetched) if fetches else None)

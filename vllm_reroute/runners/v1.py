@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_reroute.attention.step import DUMMY_STEP, RoutedStep
+from vllm_reroute.attention.step import DUMMY_STEP, RoutedStep, check_graph
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.step_plan import Places
 from vllm_reroute.runners.step_planner import StepPlanner
@@ -31,22 +31,37 @@ def planned_step(
     num_tokens: int,
     num_reqs: int,
     num_scheduled_tokens: dict[str, int] | None,
+    dummy: bool,
+    capturing: bool = False,
+    full_graph: bool = False,
 ) -> Iterator[None]:
     """While entered, the metadata builders of a routed model know the step.
 
-    num_tokens, num_reqs: with padding. num_scheduled_tokens: request id -> tokens of this step; None
-    in dummy and profile runs, which are not routed. Does nothing for other models.
+    num_tokens, num_reqs: with padding. num_scheduled_tokens: request id -> tokens of this step.
+    dummy: whether this is no step but a dummy run, which has none and is not routed. capturing: whether
+    a CUDA graph is about to be captured. full_graph: whether one of the whole model is to run.
+
+    Raises RuntimeError for a step whose tokens are missing. Does nothing for other models.
     """
     decoder = getattr(runner.get_model(), "routed_decoder", None)
     if decoder is None:
         yield
         return
+    if dummy != (num_scheduled_tokens is None) or (capturing and not dummy):
+        raise RuntimeError(
+            "The V1 model runner asks for attention metadata in a way vllm_reroute does not know: "
+            f"{'a dummy run' if dummy else 'a step'}, num_scheduled_tokens "
+            f"{'missing' if num_scheduled_tokens is None else 'given'}, "
+            f"{'to be captured' if capturing else 'not to be captured'}. Serve without "
+            "--reroute-schedule."
+        )
     step = DUMMY_STEP
     if num_scheduled_tokens is not None:
         if not hasattr(runner, _PLANNER_ATTRIBUTE):
             planner = StepPlanner(runner.vllm_config, runner.kv_cache_config, decoder)
             setattr(runner, _PLANNER_ATTRIBUTE, planner)
         step = _V1Batch(runner).plan(num_scheduled_tokens, num_reqs, num_tokens)
+        check_graph(step, full_graph=full_graph)
         withhold_generators(runner, num_scheduled_tokens)
     builders = [
         builder

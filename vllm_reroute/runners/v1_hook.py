@@ -22,6 +22,11 @@ def _build_attention_metadata(
         num_tokens=kwargs.get("num_tokens_padded") or kwargs["num_tokens"],
         num_reqs=kwargs.get("num_reqs_padded") or kwargs["num_reqs"],
         num_scheduled_tokens=kwargs.get("num_scheduled_tokens"),
+        # What a step samples from; a dummy run has none.
+        dummy=kwargs.get("logits_indices") is None,
+        capturing=bool(kwargs.get("for_cudagraph_capture")),
+        # Only a full graph pads what attention sees.
+        full_graph=kwargs.get("num_tokens_padded") is not None,
     ):
         return original(self, *args, **kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,18 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
+from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_reroute.attention.step import DUMMY_STEP, RoutedStep
+from vllm_reroute.attention.step import DUMMY_STEP, RoutedStep, check_graph
+from vllm_reroute.attention.step_tables import RunnerLengths
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.step_plan import Places
 from vllm_reroute.runners.step_planner import StepPlanner
+from vllm_reroute.runners.warm_up import WarmUp
 from vllm_reroute.to_device import to_device
+
+_DUMMY_NAME = re.compile(r"req_\d+_")
+"""What `InputBatch.make_dummy` calls its requests."""
 
 
 @dataclass
@@ -40,6 +47,7 @@ class RoutedModelState(DefaultModelState):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._routings: dict[str, RequestRouting | None] = {}
+        self._is_warm = False
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
@@ -65,34 +73,55 @@ class RoutedModelState(DefaultModelState):
         input_batch: InputBatch,
         cudagraph_mode: CUDAGraphMode,
         block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
         *args: Any,
         for_capture: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         step = DUMMY_STEP
-        if not for_capture and not self._is_dummy(input_batch):
+        if not self._is_dummy(input_batch):
+            if for_capture:
+                raise RuntimeError("A CUDA graph is to be captured over a batch of real requests.")
+            self._warm_up(attn_groups, kv_cache_config)
             step = self._plan(input_batch, cudagraph_mode, block_tables)
+            check_graph(step, full_graph=cudagraph_mode == CUDAGraphMode.FULL)
         return super().prepare_attn(
             input_batch,
             cudagraph_mode,
             block_tables,
+            slot_mappings,
+            attn_groups,
+            kv_cache_config,
             *args,
             for_capture=for_capture,
             model_specific_attn_metadata=RoutedAttnMetadata(step),
             **kwargs,
         )
 
-    def _is_dummy(self, input_batch: InputBatch) -> bool:
-        """Whether the batch is one of vLLM's dummy runs, whose requests nobody has added.
+    def _warm_up(
+        self, attn_groups: list[list[AttentionGroup]], kv_cache_config: KVCacheConfig
+    ) -> None:
+        """Once, in the first step: at start, where vLLM warms up its kernels with steps of its own."""
+        if not self._is_warm:
+            self._is_warm = True
+            WarmUp(self.vllm_config, kv_cache_config, self.model, attn_groups, self.device).run()
 
-        Raises RuntimeError where it holds some known requests and some unknown ones.
+    def _is_dummy(self, input_batch: InputBatch) -> bool:
+        """Whether the batch is one of vLLM's dummy runs, whose requests have names of their own.
+
+        Raises RuntimeError where it holds a request nobody has added: it would not be routed.
         """
-        known = [req_id in self._routings for req_id in input_batch.req_ids]
-        if any(known) != all(known):
+        unknown = [name for name in input_batch.req_ids if name not in self._routings]
+        if not unknown:
+            return False
+        if len(unknown) < len(input_batch.req_ids) or not all(map(_DUMMY_NAME.match, unknown)):
             raise RuntimeError(
-                "The model runner's batch holds requests that vllm_reroute was not told of."
+                "The model runner's batch holds requests that vllm_reroute was not told of: "
+                f"{', '.join(unknown[:3])}."
             )
-        return not any(known)
+        return True
 
     def _plan(
         self,
@@ -118,6 +147,7 @@ class RoutedModelState(DefaultModelState):
             num_reqs=num_reqs,
             num_tokens=num_tokens,
             positions_of=positions_of,
+            lengths=RunnerLengths(input_batch.seq_lens, input_batch.query_start_loc),
         )
 
     def _positions(self, input_batch: InputBatch, places: Places) -> torch.Tensor:

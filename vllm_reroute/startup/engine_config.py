@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
 
+from vllm_reroute.attention.backend import smallest_block_size
 from vllm_reroute.families.deepstack import first_decision_layer
 from vllm_reroute.models.architecture import RoutedArchitecture
 from vllm_reroute.nuwa.requirements import check_encoder_options
+from vllm_reroute.plan.capacity import bounded_block_size
 from vllm_reroute.schedule import CONFIG_KEY, SCHEDULE_KEY, RerouteOptions
+from vllm_reroute.startup.attention_backend import choose_attention_backend
 from vllm_reroute.startup.calibrated import with_calibration
 from vllm_reroute.startup.refusals import check_arguments, check_config
 from vllm_reroute.startup.turn_marker import turn_marker
 from vllm_reroute.vllm_seams.seams import check_vllm
 
 if TYPE_CHECKING:
-    from vllm.config import CompilationConfig, VllmConfig
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 SCHEDULER = "vllm_reroute.kv_cache.scheduler.routed_scheduler"
@@ -39,7 +41,6 @@ def request_routing(engine_args: EngineArgs, options: RerouteOptions) -> Iterato
             engine_args.hf_overrides, nuwa=options.starts_in_encoder
         ),
         "scheduler_cls": SCHEDULER,
-        "compilation_config": _compilation(engine_args.compilation_config),
     }
     given = {name: getattr(engine_args, name) for name in wanted}
     vars(engine_args).update(wanted)
@@ -47,17 +48,6 @@ def request_routing(engine_args: EngineArgs, options: RerouteOptions) -> Iterato
         yield
     finally:
         vars(engine_args).update(given)
-
-
-def _compilation(given: CompilationConfig) -> CompilationConfig:
-    """CUDA graphs for decode steps only: an image prefill has other tokens in every stage."""
-    if not current_platform.is_cuda_alike() or given.cudagraph_mode is not None:
-        return given
-    from vllm.config import CUDAGraphMode
-
-    compilation = copy.deepcopy(given)
-    compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-    return compilation
 
 
 def configure_routing(vllm_config: VllmConfig, options: RerouteOptions) -> VllmConfig:
@@ -78,6 +68,7 @@ def configure_routing(vllm_config: VllmConfig, options: RerouteOptions) -> VllmC
     additional[CONFIG_KEY] = options.to_mapping()
     additional[SCHEDULE_KEY] = schedule.to_dict()
     vllm_config.additional_config = additional
+    choose_attention_backend(vllm_config)
     _choose_block_size(vllm_config)
     check_config(vllm_config)
     if options.starts_in_encoder:
@@ -86,14 +77,25 @@ def configure_routing(vllm_config: VllmConfig, options: RerouteOptions) -> VllmC
 
 
 def _choose_block_size(vllm_config: VllmConfig) -> None:
-    """The smallest block on CPU, whose platform fixes a default before any backend is asked.
+    """The smallest block whose tables are not out of proportion, unless the user named one.
 
-    Elsewhere vLLM asks the backend, see `attention/backend.py`.
+    On CPU the platform has fixed a default before any backend is asked. Elsewhere vLLM takes its
+    default, which is the smallest, unless a size is named.
     """
-    cache_config = vllm_config.cache_config
-    if current_platform.is_cpu() and not cache_config.user_specified_block_size:
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    if cache.user_specified_block_size:
+        return
+    smallest = cache.DEFAULT_BLOCK_SIZE
+    if current_platform.is_cpu():
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-        from vllm_reroute.attention.backend import smallest_block_size
-
-        cache_config.block_size = smallest_block_size(CPUAttentionBackend)
+        smallest = smallest_block_size(CPUAttentionBackend)
+    size = bounded_block_size(
+        smallest,
+        model.hf_text_config.num_hidden_layers,
+        vllm_config.scheduler_config.max_num_seqs,
+        model.max_model_len,
+    )
+    if current_platform.is_cpu() or size > smallest:
+        # As if the user had: vLLM resolves what is unset once more in every worker.
+        cache.block_size, cache.user_specified_block_size = size, True

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import vllm.envs as envs
+
 from vllm_reroute.kv_cache.spec import PLAIN_CACHE_DTYPES
+from vllm_reroute.plan.chunks import LAST_TOKENS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -17,7 +20,8 @@ TESTED_QUANTIZATION = ("compressed-tensors",)
 
 _WEIGHTS = f"unquantised weights, {', '.join(TESTED_QUANTIZATION)}"
 
-ALLOWED_CUDAGRAPH_MODES = ("NONE", "FULL_DECODE_ONLY")
+ALLOWED_CUDAGRAPH_MODES = ("NONE", "PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
+"""All but FULL: a graph over a mixed batch would replay an image prefill as if nothing were routed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,18 +158,28 @@ def check_arguments(engine_args: EngineArgs) -> None:
     """Refuse engine arguments routing cannot honour. Raises ValueError."""
     for refusal in REFUSALS:
         refusal.check(engine_args)
-    mode = getattr(engine_args.compilation_config, "cudagraph_mode", None)
+    _check_cudagraph_mode(getattr(engine_args.compilation_config, "cudagraph_mode", None))
+
+
+def _check_cudagraph_mode(mode: Any) -> None:
     if mode is not None and mode.name not in ALLOWED_CUDAGRAPH_MODES:
         raise ValueError(
             f"--compilation-config with cudagraph_mode {mode.name} cannot be combined with "
             "visual-token routing: the tokens of an image prefill differ from stage to stage. "
-            f"Allowed: {', '.join(ALLOWED_CUDAGRAPH_MODES)}. Leave it out to get "
-            "FULL_DECODE_ONLY where CUDA graphs are available."
+            f"Allowed: {', '.join(ALLOWED_CUDAGRAPH_MODES)}. Leave it out to get vLLM's default, and "
+            "leave out splitting_ops too, which can change it."
         )
 
 
 def check_config(vllm_config: VllmConfig) -> None:
     """Refuse what only the finished config shows. Raises ValueError."""
+    _check_cudagraph_mode(vllm_config.compilation_config.cudagraph_mode)
+    if envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
+        raise ValueError(
+            "VLLM_USE_BREAKABLE_CUDAGRAPH=1 cannot be combined with visual-token routing: such graphs "
+            "hold the whole model, and the tokens of an image prefill differ from stage to stage. "
+            "Allowed: unset, or 0. Unset it, or serve without --reroute-schedule."
+        )
     quantization = vllm_config.model_config.quantization
     if quantization is not None and quantization not in TESTED_QUANTIZATION:
         raise ValueError(
@@ -173,6 +187,14 @@ def check_config(vllm_config: VllmConfig) -> None:
             f"not been tested with. Allowed: {_WEIGHTS}. Use such a checkpoint, or serve without "
             "--reroute-schedule."
         )
+    for option in ("long_prefill_token_threshold", "max_num_scheduled_tokens"):
+        most = getattr(vllm_config.scheduler_config, option)
+        if most is not None and 0 < most < LAST_TOKENS:
+            raise ValueError(
+                f"--{option.replace('_', '-')} {most} cannot be combined with visual-token routing: an "
+                f"image prompt runs at least {LAST_TOKENS} tokens at a time. Allowed: unset, or "
+                f"{LAST_TOKENS} and more. Raise it, or serve without --reroute-schedule."
+            )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(
             "vLLM has switched its hybrid KV cache manager off for this configuration, but every "

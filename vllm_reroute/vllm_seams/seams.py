@@ -98,6 +98,11 @@ SEAMS = (
         ("self", "vllm_config"),
     ),
     Seam(
+        "vllm.v1.attention.selector",
+        "AttentionSelectorConfig",
+        ("head_size", "dtype", "kv_cache_dtype", "block_size"),
+    ),
+    Seam(
         "vllm.v1.attention.backend",
         "subclass_attention_backend_with_overrides",
         ("name_prefix", "attention_backend_cls", "overrides"),
