@@ -62,6 +62,15 @@ class ParkedManager(LayeredManager):
         """Requests that hold pages."""
         return [request_id for request_id, blocks in self.req_to_blocks.items() if blocks]
 
+    def num_held(self) -> int:
+        """Pages that hold states, without the entries before the text prefixes."""
+        return sum(self._num_held(request_id) for request_id in self.holders)
+
+    def _num_held(self, request_id: str) -> int:
+        routing = self.live.of_id(request_id)
+        before = routing.text_prefix // self.block_size * self.num_layers
+        return max(0, len(self.req_to_blocks[request_id]) - before)
+
     def release(self, request_id: str) -> None:
         """Every stage has the prompt: its parked states are only good for the prefix cache."""
         blocks = self.req_to_blocks.pop(request_id)

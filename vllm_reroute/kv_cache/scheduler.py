@@ -8,6 +8,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_reroute.admission.engine_core import ENGINE_CORE
@@ -18,6 +19,8 @@ from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.parked_manager import ParkedManager
 from vllm_reroute.kv_cache.prefix_hits import PrefixHits
 from vllm_reroute.logger import reroute_logger
+from vllm_reroute.metrics import carrier
+from vllm_reroute.metrics.counting import RoutingCounts
 from vllm_reroute.schedule import RoutingSchedule
 
 logger = reroute_logger(__name__)
@@ -52,6 +55,13 @@ class RoutedSchedulerMixin:
         self.kv_cache_manager.get_computed_blocks = hits.get_computed_blocks
         self.decode_blocks = DecodeBlocks(self.kv_cache_manager, self.live)
         self.kv_cache_manager.allocate_slots = self.decode_blocks.allocate_slots
+        self.counts = RoutingCounts(
+            self.live,
+            block_bytes=self.parked_pages.kv_cache_spec.page_size_bytes,
+            parked_blocks=self.parked_pages.num_held,
+        )
+        self._record_stock = self.kv_cache_manager.record_prefix_cache_stats
+        self.kv_cache_manager.record_prefix_cache_stats = self._record_prefix_cache_stats
         self._deciding = 0, 0
         logger.info("%s", engine_report(self.vllm_config, self.kv_cache_config))
 
@@ -62,7 +72,19 @@ class RoutedSchedulerMixin:
             request = self.requests[request_id]
             if request.num_computed_tokens >= request.num_prompt_tokens:
                 self.parked_pages.release(request_id)
+        self.counts.scheduled(output)
         return output
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            carrier.send(stats, self.counts.take())
+        return stats
+
+    def _record_prefix_cache_stats(self, request: Request, num_hits: int) -> None:
+        self._record_stock(request, num_hits)
+        if self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            self.counts.read_from_cache(request, num_hits)
 
     def _try_schedule_encoder_inputs(
         self,
@@ -118,6 +140,8 @@ class RoutedSchedulerMixin:
         their blocks in the prefix cache as if they had run.
         """
         self.decode_blocks.forget(request)
+        if request.is_finished():
+            self.counts.finished(request)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         for manager in managers:
             manager.withdraw(request)
