@@ -1,6 +1,9 @@
 """What `/metrics` says of routing: counted by vLLM's scheduler, carried and shown as vLLM's own."""
 
+import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import vllm.v1.metrics.loggers as loggers
@@ -33,6 +36,7 @@ from vllm_reroute.schedule.footprint import RequestFootprint
 from .parts import feature, make_request
 from .scheduler_steps import BLOCK, DEPTH, OPTIONS, Steps, image, text
 
+DOCS = Path(__file__).parents[2] / "docs"
 GAUGES = {metric.series(): metric for metric in METRICS if metric.kind is Kind.GAUGE}
 
 
@@ -255,3 +259,39 @@ def test_an_engine_without_routing_shows_nothing_of_it(configs, manager):
     names = {family.name for family in REGISTRY.collect()}
     assert "vllm:num_requests_running" in names
     assert not any("reroute" in name for name in names)
+
+
+@pytest.fixture
+def known(configs, manager):
+    """Every sample name that a routed front end shows, vLLM's own among them."""
+    manager(configs["routed"])
+    return {sample.name for family in REGISTRY.collect() for sample in family.samples}
+
+
+def ours(known):
+    return {name for name in known if "reroute" in name and not name.endswith("_created")}
+
+
+def test_the_dashboard_shows_what_there_is(known):
+    """All metrics of ours, and of vLLM's only those it has."""
+    dashboard = json.loads((DOCS / "grafana" / "vllm-reroute.json").read_text(encoding="utf-8"))
+    shown = [
+        set(re.findall(r"vllm:\w+", target["expr"]))
+        for panel in dashboard["panels"]
+        for target in panel.get("targets", ())
+    ]
+    assert all(shown), "a panel without a metric"
+    assert set().union(*shown) <= known
+    assert ours(known) <= set().union(*shown)
+    assert set(re.findall(r"vllm:\w+", json.dumps(dashboard["templating"]))) <= known
+
+
+def test_the_documentation_has_a_row_for_each(known):
+    text = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\S+)` \|(.*?)\| (\w+) \|", text, flags=re.MULTILINE)
+    documented = {name: (re.findall(r"`(\w+)`", labels), kind) for name, labels, kind in rows}
+    assert set(documented) == ours(known)
+    assert documented == {
+        metric.name + "_total" * (metric.kind is Kind.COUNTER): ([*metric.labels], metric.kind)
+        for metric in METRICS
+    }
