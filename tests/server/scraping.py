@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.local_server import LocalServer
 
 Sample = tuple[str, ...]
-"""A sample's name and the values of its labels, without those that every metric of vLLM has."""
+"""A sample's name and its labels' values, by label, without those that every metric of vLLM has."""
 
 
 def scrape(server: LocalServer) -> Counter[Sample]:
@@ -21,7 +21,7 @@ def scrape(server: LocalServer) -> Counter[Sample]:
     values: Counter[Sample] = Counter()
     for family in families:
         for sample in family.samples:
-            own = (value for label, value in sample.labels.items() if label not in common)
+            own = [value for label, value in sorted(sample.labels.items()) if label not in common]
             values[sample.name, *own] += sample.value
     return values
 

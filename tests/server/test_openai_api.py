@@ -126,8 +126,8 @@ def test_metrics_count_what_was_asked(server: LocalServer, client: openai.OpenAI
     ]
     assert reached[1] and sum(reached) == counted["vllm:prefix_cache_hits_total",]
     assert of_routing(counted) == {
-        ("vllm:reroute_requests_total", "pdrop", "server"): 2,
-        ("vllm:reroute_requests_total", "pdrop", "request"): 1,
+        ("vllm:reroute_requests_total", "server", "pdrop"): 2,
+        ("vllm:reroute_requests_total", "request", "pdrop"): 1,
         **{
             (f"vllm:reroute_visual_tokens_{what}_total", str(stage)): number
             for stage, k in enumerate(kept)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
@@ -154,14 +155,28 @@ class RoutingCounts:
         if not self._begun:
             self._holdings, self._due = (0, 0), now
         elif now >= self._due:
-            requests = self.live.requests
-            blocks = [
-                self._blocks(routing, requests[request_id].num_computed_tokens)
-                for request_id, routing in self._begun.items()
-            ]
-            self._holdings = sum(held for held, _ in blocks), sum(dense for _, dense in blocks)
-            self._due = now + HOLDINGS_EVERY_S
+            self._holdings, self._due = self._add_up(), now + HOLDINGS_EVERY_S
         return self._holdings
+
+    def _add_up(self) -> tuple[int, int]:
+        size, schedule = self.live.block_size, self.live.schedule
+        held = dense = 0
+        lengths, deferred = [], []
+        for request_id, routing in self._begun.items():
+            num_tokens = self.live.requests[request_id].num_computed_tokens
+            if num_tokens < routing.num_prompt:
+                blocks = self._blocks(routing, num_tokens)
+                held, dense = held + blocks[0], dense + blocks[1]
+            else:
+                lengths.append(num_tokens)
+                deferred.append(routing.deferred)
+        if lengths:
+            # [requests, stages]: all that decode at once, of whom there are many.
+            of_stages = np.array(lengths)[:, None] - np.array(deferred)
+            layers = np.array([stage.num_layers for stage in schedule.stages])
+            held += int((-(-of_stages // size) @ layers).sum())
+            dense += schedule.num_layers * int((-(-np.array(lengths) // size)).sum())
+        return held, dense
 
     def _blocks(self, routing: RequestRouting, num_tokens: int) -> tuple[int, int]:
         """Blocks a request holds once that many of its tokens have run: routed, and dense."""
