@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_reroute.families.deepstack import first_decision_layer
 from vllm_reroute.families.visual_tokens import fixed_visual_tokens
 from vllm_reroute.schedule.footprint import RequestFootprint
+from vllm_reroute.schedule.options import NO_SCHEDULE
+from vllm_reroute.schedule.published import SCHEDULES, TIERS
+from vllm_reroute.schedule.request_options import RequestOptions
 from vllm_reroute.schedule.routing_schedule import RoutingSchedule
 
 if TYPE_CHECKING:
@@ -71,6 +75,27 @@ def footprint_lines(footprint: RequestFootprint) -> list[str]:
         f"  dense  {dense / MIB:9.3f} MiB",
         f"  routed {routed / MIB:9.3f} MiB  ({routed / dense:.1%} of dense, "
         f"{routed / footprint.ideal_bytes - 1:.1%} above the ideal)",
+    ]
+
+
+def budget_lines(footprint: RequestFootprint) -> list[str]:
+    """What a request that chooses its own budget may hold, a line each."""
+    schedule = footprint.schedule
+    if schedule.encoder_ratio is not None:
+        return []
+    tiers = TIERS if schedule.name in SCHEDULES else ()
+    asks = {f"reroute_tier {tier}": RequestOptions(tier=tier) for tier in tiers}
+    asks[f"reroute_schedule {NO_SCHEDULE}"] = RequestOptions(schedule=NO_SCHEDULE)
+    costs = []
+    for name, options in asks.items():
+        chosen = replace(schedule, keep=options.keep_ratios(schedule))
+        costs.append(
+            f"{replace(footprint, schedule=chosen).routed_bytes / MIB:.3f} MiB with {name}"
+        )
+    return [
+        "a request may choose its own budget (reroute_tier, reroute_budget, reroute_keep or "
+        f"reroute_schedule {NO_SCHEDULE}): the pool is one, and each is admitted by its own K/V, "
+        f"{', '.join(costs)}"
     ]
 
 

@@ -62,14 +62,19 @@ def check_concurrent_answers(client: openai.OpenAI, model: Path, depth: int) -> 
 
 
 def check_answers(
-    client: openai.OpenAI, model: Path, depth: int, asks: list[tuple[str, tuple[int, ...]]]
+    client: openai.OpenAI,
+    model: Path,
+    depth: int,
+    asks: list[tuple[str, tuple[int, ...]]],
+    tier: int = 128,
+    **options: Any,
 ) -> list[Any]:
-    """The answers to these questions, asked at once; each is the one `pdrop` at tier 128 defines."""
-    schedule = RerouteOptions(schedule="pdrop", tier=128).resolve(depth)
+    """The answers to these questions, asked at once; each is the one `pdrop` at that tier defines."""
+    schedule = RerouteOptions(schedule="pdrop", tier=tier).resolve(depth)
     oracle = RoutedOracle(model, action=schedule.action, layers=schedule.layers, keep=schedule.keep)
     processor = AutoProcessor.from_pretrained(model)
     with ThreadPoolExecutor(len(asks)) as pool:
-        answers = list(pool.map(lambda one: ask(client, *one), asks))
+        answers = list(pool.map(lambda one: ask(client, *one, **options), asks))
     for (_, photos), answer in zip(asks, answers, strict=True):
         inputs = {"input_ids": torch.tensor([answer.prompt_token_ids])}
         if photos:

@@ -20,7 +20,9 @@ from tests.server.chat import (
     check_concurrent_answers,
     messages,
 )
+from tests.server.scraping import of_routing, scrape
 from vllm_reroute.schedule import RerouteOptions
+from vllm_reroute.schedule.footprint import RequestFootprint
 
 STEP_TOKENS = 600
 MODEL_LEN = 768
@@ -90,6 +92,64 @@ def test_bad_request_is_refused_and_serving_goes_on(
             extra_body=options,
         )
     assert ask(client, "Still there?", (1,)).choices[0].message.content
+
+
+def test_a_request_chooses_its_own_budget(client: openai.OpenAI, model: Path) -> None:
+    """In vLLM's own field for more arguments; what the server does not have is refused."""
+    asks = [("What is shown here?", (0,))]
+    check_answers(client, model, TINY.text_layers, asks, tier=64, vllm_xargs={"reroute_tier": 64})
+    with pytest.raises(openai.BadRequestError, match="reroute_tier 63 is unknown"):
+        ask(client, *asks[0], vllm_xargs={"reroute_tier": 63})
+
+
+def test_metrics_count_what_was_asked(server: LocalServer, client: openai.OpenAI) -> None:
+    before = scrape(server)
+    asked = [
+        (128, "What is on this one?", (2,), {}),
+        (128, "And what is that?", (2,), {}),
+        (128, "Only words.", (), {}),
+        (64, "Compare them.", (3, 0), {"vllm_xargs": {"reroute_tier": 64}}),
+    ]
+    footprints = []
+    for tier, text, photos, options in asked:
+        answer = ask(client, text, photos, **options)
+        footprints.append(_footprint(server, tier, len(photos), answer))
+    with_images = [one for one in footprints if one.num_visual]
+    visual = sum(one.num_visual for one in with_images)
+    kept = [sum(of_stage) for of_stage in zip(*(one.kept for one in with_images), strict=True)]
+    held = sum(one.routed_bytes for one in with_images)
+    counted = scrape(server)
+    counted.subtract(before)
+    reached = [
+        counted.pop(("vllm:reroute_prefix_cache_tokens_total", reach), 0)
+        for reach in ("all_stages", "first_stage")
+    ]
+    assert reached[1] and sum(reached) == counted["vllm:prefix_cache_hits_total",]
+    assert of_routing(counted) == {
+        ("vllm:reroute_requests_total", "server", "pdrop"): 2,
+        ("vllm:reroute_requests_total", "request", "pdrop"): 1,
+        **{
+            (f"vllm:reroute_visual_tokens_{what}_total", str(stage)): number
+            for stage, k in enumerate(kept)
+            for what, number in (("seen", visual), ("kept", k), ("deferred", visual - k))
+            if number
+        },
+        ("vllm:reroute_kv_bytes_allocated_total",): held,
+        ("vllm:reroute_kv_bytes_saved_total",): sum(one.dense_bytes for one in with_images) - held,
+    }
+
+
+def _footprint(server: LocalServer, tier: int, num_images: int, answer: Any) -> RequestFootprint:
+    """K/V that a request held when it was answered; the last token has none."""
+    num_visual = num_images * VISUAL
+    return RequestFootprint(
+        schedule=RerouteOptions(schedule="pdrop", tier=tier).resolve(TINY.text_layers),
+        num_visual=num_visual,
+        num_text=len(answer.prompt_token_ids) - num_visual + MAX_TOKENS - 1,
+        image_sizes=(VISUAL,) * num_images,
+        bytes_per_token=2 * TINY.kv_heads * (TINY.hidden_size // TINY.heads) * 4,
+        block_size=int(server.label("vllm:cache_config_info", "block_size")),
+    )
 
 
 def test_startup_log_states_the_schedule(server: LocalServer, client: openai.OpenAI) -> None:

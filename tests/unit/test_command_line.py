@@ -76,17 +76,22 @@ def test_plan(capsys, model, words, options):
 )
 def test_plan_states_the_bytes(capsys, model, words, block_size, num_text):
     code, out, _ = run(capsys, "plan", "--model", model, "--reroute-schedule", "pdrop", *words)
-    footprint = RequestFootprint(
-        schedule=RerouteOptions(schedule="pdrop").resolve(DEPTH),
-        num_visual=VISUAL,
-        num_text=num_text,
-        bytes_per_token=BYTES_PER_TOKEN,
-        block_size=block_size,
-    )
+    of_tiers = [
+        RequestFootprint(
+            schedule=RerouteOptions(schedule="pdrop", tier=tier).resolve(DEPTH),
+            num_visual=VISUAL,
+            num_text=num_text,
+            bytes_per_token=BYTES_PER_TOKEN,
+            block_size=block_size,
+        )
+        for tier in (192, 128, 64)
+    ]
     numbers = [float(number) for line in out for number in re.findall(r"([\d.]+) MiB", line)]
     assert code == 0
+    dense, routed = of_tiers[0].dense_bytes, [one.routed_bytes for one in of_tiers]
+    # Dense and routed; then what a request may choose: each tier, and to keep everything.
     assert numbers == pytest.approx(
-        [footprint.dense_bytes / 2**20, footprint.routed_bytes / 2**20], abs=5e-4
+        [n / 2**20 for n in (dense, routed[0], *routed, dense)], abs=5e-4
     )
     assert any(
         f"{VISUAL} visual + {num_text} text tokens, blocks of {block_size}" in line for line in out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm_reroute.metrics.stat_logger import STAT_LOGGERS
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.schedule import RoutingSchedule, is_routed
 from vllm_reroute.vllm_seams.hook import Hook
@@ -86,4 +87,4 @@ BEAM_SEARCH = Hook(
     wrapper=_beam_search,
 )
 
-FRONT_END = (INPUT_PROCESSOR, ONLINE_RENDERER, BEAM_SEARCH)
+FRONT_END = (INPUT_PROCESSOR, ONLINE_RENDERER, BEAM_SEARCH, STAT_LOGGERS)

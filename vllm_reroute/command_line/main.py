@@ -123,7 +123,7 @@ def _plan(args: argparse.Namespace) -> list[str]:
     from vllm_reroute.families.deepstack import first_decision_layer
     from vllm_reroute.families.visual_tokens import visual_tokens_per_image
     from vllm_reroute.models.architecture import RoutedArchitecture
-    from vllm_reroute.report import footprint_lines, model_lines, schedule_lines
+    from vllm_reroute.report import budget_lines, footprint_lines, model_lines, schedule_lines
     from vllm_reroute.schedule.cost_model import DecoderShape, RequestCost, vision_shape
     from vllm_reroute.startup.calibrated import with_calibration
 
@@ -172,6 +172,7 @@ def _plan(args: argparse.Namespace) -> list[str]:
         "",
         *footprint_lines(footprint),
         f"  (16-bit K/V, {'one device' if args.devices == 1 else f'each of {args.devices} devices'})",
+        *budget_lines(footprint),
         "",
         *prediction_lines(cost, footprint, hardware),
         *_conversation(args, cost, num_visual),

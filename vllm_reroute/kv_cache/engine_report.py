@@ -8,7 +8,13 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm_reroute.families.visual_tokens import visual_tokens_per_image
 from vllm_reroute.kv_cache.spec import ParkedSpec
 from vllm_reroute.plan.capacity import RUNNER_COPIES, candidate_capacity, table_bytes
-from vllm_reroute.report import MIB, footprint_lines, model_lines, schedule_lines
+from vllm_reroute.report import (
+    MIB,
+    budget_lines,
+    footprint_lines,
+    model_lines,
+    schedule_lines,
+)
 from vllm_reroute.schedule import RoutingSchedule
 from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
 
@@ -36,7 +42,8 @@ def engine_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
         f"image requests that fit the KV pool at once: {usable // footprint.routed_blocks} routed, "
         f"{usable * footprint.block_size * footprint.bytes_per_token // footprint.dense_bytes} dense",
         *_held_lines(vllm_config, kv_cache_config, footprint),
-        *_request_lines(schedule),
+        *budget_lines(footprint),
+        *_history_lines(schedule),
     ]
     return "visual-token routing\n" + "\n".join(f"  {line}".rstrip() for line in lines)
 
@@ -64,16 +71,6 @@ def _held_lines(
         f"parked prompt tokens: {pages} K/V blocks for {size} tokens "
         f"({pages * footprint.bytes_per_token} bytes each) until a prompt's decisions are taken; then "
         "only the prefix cache keeps them, while nobody needs the room",
-    ]
-
-
-def _request_lines(schedule: RoutingSchedule) -> list[str]:
-    if schedule.encoder_ratio is not None:
-        return []
-    return [
-        "a request may choose its own budget (reroute_tier, reroute_budget, reroute_keep or "
-        "reroute_schedule none): the pool is one, and each is admitted by its own K/V",
-        *_history_lines(schedule),
     ]
 
 

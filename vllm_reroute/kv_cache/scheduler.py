@@ -8,6 +8,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_reroute.admission.engine_core import ENGINE_CORE
@@ -19,6 +20,8 @@ from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.parked_manager import ParkedManager
 from vllm_reroute.kv_cache.prefix_hits import PrefixHits
 from vllm_reroute.logger import reroute_logger
+from vllm_reroute.metrics import carrier
+from vllm_reroute.metrics.counting import RoutingCounts
 from vllm_reroute.plan.chunks import LAST_TOKENS, prefill_chunk
 from vllm_reroute.schedule import RoutingSchedule
 
@@ -56,6 +59,13 @@ class RoutedSchedulerMixin:
         self.kv_cache_manager.get_computed_blocks = hits.get_computed_blocks
         self.decode_blocks = DecodeBlocks(self.kv_cache_manager, self.live)
         self.kv_cache_manager.allocate_slots = self.decode_blocks.allocate_slots
+        self.counts = RoutingCounts(
+            self.live,
+            block_bytes=self.parked_pages.kv_cache_spec.page_size_bytes,
+            parked_blocks=self.parked_pages.num_held,
+        )
+        self._record_stock = self.kv_cache_manager.record_prefix_cache_stats
+        self.kv_cache_manager.record_prefix_cache_stats = self._record_prefix_cache_stats
         self._deciding = 0, 0
         logger.info("%s", engine_report(self.vllm_config, self.kv_cache_config))
 
@@ -69,7 +79,19 @@ class RoutedSchedulerMixin:
         if self.live.schedule.marker and self.live.offers_parked:
             for request_id in output.num_scheduled_tokens:
                 self.kept_turns.offer(self.requests[request_id])
+        self.counts.scheduled(output)
         return output
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            carrier.send(stats, self.counts.take())
+        return stats
+
+    def _record_prefix_cache_stats(self, request: Request, num_hits: int) -> None:
+        self._record_stock(request, num_hits)
+        if self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            self.counts.read_from_cache(request, num_hits)
 
     def _try_schedule_encoder_inputs(
         self,
@@ -132,6 +154,8 @@ class RoutedSchedulerMixin:
         """
         self.decode_blocks.forget(request)
         self.kept_turns.forget(request)
+        if request.is_finished():
+            self.counts.finished(request)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         for manager in managers:
             manager.withdraw(request)

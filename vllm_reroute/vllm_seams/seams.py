@@ -39,6 +39,17 @@ SEAMS = (
     ),
     Seam("vllm.v1.core.sched.scheduler", "Scheduler.add_request", ("self", "request")),
     Seam("vllm.v1.core.sched.scheduler", "Scheduler._free_request_blocks", ("self", "request")),
+    Seam("vllm.v1.core.sched.scheduler", "Scheduler.make_stats", ("self", "spec_decoding_stats")),
+    Seam(
+        "vllm.v1.core.kv_cache_manager",
+        "KVCacheManager.record_prefix_cache_stats",
+        ("self", "request", "num_hits"),
+    ),
+    Seam(
+        "vllm.v1.metrics.loggers",
+        "AggregateStatLoggerBase.record",
+        ("self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
+    ),
     Seam(
         "vllm.v1.core.single_type_kv_cache_manager",
         "FullAttentionManager.pop_blocks_for_free",
