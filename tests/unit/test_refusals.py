@@ -292,7 +292,7 @@ def test_blocks_grow_before_their_tables_do(
     startup._choose_block_size(config)
     assert cache.block_size == on_cpu
     monkeypatch.setattr(startup, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    cache.block_size = 16
+    cache.block_size, cache.user_specified_block_size = 16, False
     startup._choose_block_size(config)
     assert (cache.block_size, cache.user_specified_block_size) == (on_gpu or 16, bool(on_gpu))
     cache.block_size, cache.user_specified_block_size = 48, True
