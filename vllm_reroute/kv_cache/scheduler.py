@@ -91,7 +91,9 @@ class RoutedSchedulerMixin:
         if routing is not None:
             if self._hold_back(routing, num_computed_tokens, num_new_tokens):
                 num_new_tokens = routing.num_prompt - LAST_TOKENS - num_computed_tokens
-            num_new_tokens = prefill_chunk(routing, num_computed_tokens, num_new_tokens)
+            num_new_tokens = prefill_chunk(
+                routing, self.live.stops_of(request), num_computed_tokens, num_new_tokens
+            )
         if num_new_tokens == 0 and request.status is not RequestStatus.RUNNING:
             # It stays in the queue: what the base has reserved for it, others may need.
             self.encoder_cache_manager.free(request)
