@@ -20,19 +20,20 @@ NUM_PROMPT = 80
 PADDED = 96
 
 
-@pytest.fixture(scope="module")
-def model(routed_model):
-    """With a hand-over as it is where graphs are captured up to 96 tokens."""
-    model = routed_model({"layers": [2, 5], "keep": [0.5, 0.25]})
-    compilation = SimpleNamespace(
-        cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, max_cudagraph_capture_size=PADDED
-    )
+def hand_over(mode, hidden_size):
+    """As it is where graphs of this mode are captured up to 96 tokens."""
     config = SimpleNamespace(
-        compilation_config=compilation,
+        compilation_config=SimpleNamespace(cudagraph_mode=mode, max_cudagraph_capture_size=PADDED),
         model_config=SimpleNamespace(dtype=torch.float32),
         device_config=SimpleNamespace(device=CPU),
     )
-    model.decoder._hand_over = StageHandover(config, model.hidden_size)
+    return StageHandover(config, hidden_size)
+
+
+@pytest.fixture(scope="module")
+def model(routed_model):
+    model = routed_model({"layers": [2, 5], "keep": [0.5, 0.25]})
+    model.decoder._hand_over = hand_over(CUDAGraphMode.FULL_AND_PIECEWISE, model.hidden_size)
     return model
 
 
@@ -106,7 +107,7 @@ def test_stages_of_other_steps_read_what_stays_where_it_is(model):
     torch.testing.assert_close(graphs, eager)
 
 
-def test_memory_for_it_only_where_graphs_are(model, routed_model):
-    assert model.decoder._hand_over._stays.shape == (2, PADDED, model.hidden_size)
-    plain = routed_model({"layers": [2, 5], "keep": [0.5, 0.25]}).decoder
-    assert plain._hand_over._stays.numel() == 0
+@pytest.mark.parametrize("mode", [*CUDAGraphMode, None])
+def test_memory_for_it_only_where_such_graphs_are(mode):
+    piecewise = mode in (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL_AND_PIECEWISE)
+    assert hand_over(mode, 8)._stays.shape == (2, PADDED if piecewise else 0, 8)

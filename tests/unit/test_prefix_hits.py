@@ -117,13 +117,14 @@ def test_who_finds_a_prefix_shares_its_blocks():
     assert engine.pool.get_num_free_blocks() == 1999
 
 
-def test_a_hit_may_cover_all_but_the_last_tokens():
-    """The step that runs them takes the decisions, from 96 parked tokens and them."""
+@pytest.mark.parametrize("behind,hit", [(18, 96), (17, 80)])
+def test_a_hit_may_cover_all_but_the_last_tokens(behind, hit):
+    """The step that runs them takes the decisions, from 96 parked tokens and them. One is too few."""
     engine = Engine()
-    prompt = (SYSTEM, CAT, Text("q", 18))
+    prompt = (SYSTEM, CAT, Text("q", behind))
     engine.prefill(ask("first", *prompt))
     again = ask("again", *prompt)
-    assert engine.prefill(again, 98)[1] == 96
+    assert engine.prefill(again, 80 + behind)[1] == hit
     assert engine.held(again) == engine.expected_held(again)
 
 

@@ -267,8 +267,8 @@ def test_small_steps_are_accepted(engine_config, limits):
 @pytest.mark.parametrize("option", ["long_prefill_token_threshold", "max_num_scheduled_tokens"])
 def test_steps_too_small_for_any_image_are_refused(engine_config, option):
     flag = option.replace("_", "-")
-    with pytest.raises(ValueError, match=rf"--{flag} 1 .*Allowed: unset, .*Raise it"):
-        engine_config(additional_config=ROUTED, max_model_len=512, **{option: 1})
+    with pytest.raises(ValueError, match=rf"--{flag} 2 .*Allowed: unset, .*Raise it"):
+        engine_config(additional_config=ROUTED, max_model_len=512, **{option: 2})
 
 
 @pytest.mark.parametrize(

@@ -292,10 +292,12 @@ def test_v2_hands_the_step_to_build(model, run, state):
     assert [builder.step for builder in model.builders] == [None] * 4, "nothing is left behind"
 
 
-def test_v2_warms_up_every_stage_once_and_leaves_nothing(model, run, state):
+def test_v2_warms_up_every_stage_once_and_leaves_nothing(model, run, state, monkeypatch):
     """Not in a dummy run, which vLLM may be measuring."""
     before, seen = model.pool.clone(), []
     key_pages._FOUND.clear()
+    # With it a step writes parked states, too.
+    monkeypatch.setattr(model.config.cache_config, "enable_prefix_caching", True)
     state._is_warm = False
     model.decoder.observer = seen.append
     state.add_request(0, new_request("text"))

@@ -94,6 +94,10 @@ TABLE = {
         [text("t", 63), image("i", 40, at=(0,))],
         [{"t": 63}, {"t": 1, "i": 40}, {"t": 1, "i": 1}],
     ),
+    "nor left before another image": (
+        [image("i", 120, at=(2, 65, 90))],
+        [{"i": 63}, {"i": 57}, {"i": 1}],
+    ),
     "but text before it may be": (
         [text("t", 63, first=500), image("i", 40, at=(20,))],
         [{"t": 63, "i": 1}, {"t": 1, "i": 39}, {"t": 1, "i": 1}],

@@ -64,7 +64,7 @@ class Traffic(RuleBasedStateMachine):
         asynchronous=st.booleans(),
         caching=st.sampled_from((True, True, False)),
         policy=st.sampled_from(("fcfs", "priority")),
-        budget=st.integers(2, 40),
+        budget=st.integers(3, 40),
         threshold=st.sampled_from((0, 0, 5, 12)),
         room=st.sampled_from((0, 0, 8, 40)),
         encoder_cache=st.integers(PICTURE, 4 * PICTURE),

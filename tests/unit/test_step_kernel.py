@@ -16,9 +16,10 @@ from triton.runtime.interpreter import InterpretedFunction
 from vllm_reroute.attention import step_kernel
 from vllm_reroute.attention.step_kernel import KernelFill, fill_kernel
 from vllm_reroute.attention.step_tables import RunnerLengths
+from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.to_device import to_device
 
-from .steps import KINDS, Tables, plan_of, random_batch
+from .steps import KINDS, Going, Tables, plan_of, random_batch, routing_of
 from .test_step_tables import (
     BLOCK,
     MAX_BLOCKS,
@@ -85,6 +86,16 @@ def test_as_torch_does(schedule, kinds):
         pair.check(batch)
         assert kinds is KINDS or plan.boundary is None
     assert not any(t.eq(UNTOUCHED).all() for t in (pair.kernel.seq_lens, pair.kernel.slot_mappings))
+
+
+def test_stages_of_more_rows_than_a_step_holds_get_no_slots():
+    """Prompts of which nearly all has run: few tokens of the step, many candidates."""
+    pair = Pair(SCHEDULES["uneven stages"])
+    routing = routing_of(VisualSpans((2,), (8,)), 58, pair.schedule, BLOCK)
+    batch = [Going(routing, 50, 8)] * 3
+    plan = pair.fill(batch, more_tokens=5)
+    assert [stage.num_tokens > MAX_TOKENS for stage in plan.stages] == [False, True, True, True]
+    pair.check(batch)
 
 
 @pytest.mark.parametrize("padding", [0, 3])

@@ -49,6 +49,11 @@ class LiveRouting:
             )
         return self._routings[request]
 
+    def stops_of(self, request: Request) -> set[int]:
+        """Starts of its images behind the first, and the end of its prompt (`plan/chunks.py`)."""
+        starts = sorted(feature.mm_position.offset for feature in request.mm_features)
+        return {*starts[1:], request.num_prompt_tokens}
+
     def of_id(self, request_id: str) -> RequestRouting | None:
         """The same by id; None for a request that is gone, too."""
         request = self.requests.get(request_id)

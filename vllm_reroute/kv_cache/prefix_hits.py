@@ -11,7 +11,7 @@ from vllm_reroute.kv_cache.kept_turns import KeptTurns
 from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.parked_manager import ParkedManager
 from vllm_reroute.kv_cache.stage_manager import StageManager
-from vllm_reroute.plan.chunks import LAST_TOKENS
+from vllm_reroute.plan.chunks import stops_alone
 from vllm_reroute.plan.request_routing import RequestRouting
 
 
@@ -65,7 +65,7 @@ class PrefixHits:
         size, parked = self.live.block_size, self._parked
         null_page = (self.manager.block_pool.null_block,) * parked.num_layers
         begin = routing.text_prefix // size
-        limit = (min(request.num_tokens, routing.num_prompt) - LAST_TOKENS) // size
+        limit = (min(request.num_tokens, routing.num_prompt) - 1) // size
         pages: list[Any] = []
         for block_hash in request.block_hashes[begin:limit]:
             found = [m.cached_blocks(block_hash) for m in self._reusable]
@@ -74,6 +74,11 @@ class PrefixHits:
             pages.append(found[0])
             for manager, own in zip(self._reusable[1:], found[1:], strict=True):
                 blocks[manager.kv_cache_group_id].append(own)
+        stops = self.live.stops_of(request)
+        while pages and stops_alone(stops, (begin + len(pages)) * size):
+            pages.pop()
+            for manager in self._reusable[1:]:
+                blocks[manager.kv_cache_group_id].pop()
         if pages:
             blocks[parked.kv_cache_group_id] = [null_page] * begin + pages
         return (begin + len(pages)) * size

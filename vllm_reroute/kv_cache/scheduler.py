@@ -122,7 +122,8 @@ class RoutedSchedulerMixin:
         if turn is not None:
             if self._hold_back(turn.end, num_computed_tokens, num_new_tokens):
                 num_new_tokens = turn.end - LAST_TOKENS - num_computed_tokens
-            num_new_tokens = prefill_chunk(turn, num_computed_tokens, num_new_tokens)
+            stops = self.live.stops_of(request, turn)
+            num_new_tokens = prefill_chunk(turn, stops, num_computed_tokens, num_new_tokens)
         if num_new_tokens == 0 and request.status is not RequestStatus.RUNNING:
             # It stays in the queue: what the base has reserved for it, others may need.
             self.encoder_cache_manager.free(request)

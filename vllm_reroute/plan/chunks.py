@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from vllm_reroute.plan.turns import Turn
 
 LAST_TOKENS = 2
-"""Tokens that the step which takes a turn's decisions runs of it, at the least.
+"""Tokens that a step runs of a turn, behind its begin, at the least.
 
 vLLM runs one new token over existing context as a decode step, in a captured CUDA graph where it has
 one: a graph over all layers, in which nothing is parked or decided.
 """
 
+FEWEST_STEP_TOKENS = LAST_TOKENS + 1
+"""What a step must have room for, so that three tokens need not be cut into two and one."""
 
-def prefill_chunk(turn: Turn, num_computed: int, num_new: int) -> int:
-    """Tokens to run up to a turn's end, at most `num_new`: no chunk behind its begin is a single token.
 
-    So none leaves a single one either. 0 where the request has to wait for a step with more room.
+def prefill_chunk(turn: Turn, stops: Iterable[int], num_computed: int, num_new: int) -> int:
+    """Tokens to run up to a turn's end, at most `num_new`; 0 where it waits for a step with more room.
+
+    stops: where vLLM may have to end a chunk, see `stops_alone`.
     """
-    left = turn.end - num_computed - num_new
-    if left < 0:
+    if num_computed + num_new > turn.end:
         return num_new
-    if 0 < left < LAST_TOKENS:
-        num_new -= LAST_TOKENS - left
+    if stops_alone(stops, num_computed + num_new):
+        num_new -= 1
     if num_computed + num_new > turn.begin and num_new < LAST_TOKENS:
         return max(0, turn.begin - num_computed)
     return max(0, num_new)
+
+
+def stops_alone(stops: Iterable[int], position: int) -> bool:
+    """Whether a chunk that begins at `position` might have to stop after a single token.
+
+    stops: starts of a turn's images behind its first, which may have to wait for room in the encoder's
+    cache, and the turn's end.
+    """
+    return position + 1 in stops

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import vllm.envs as envs
 
 from vllm_reroute.kv_cache.spec import PLAIN_CACHE_DTYPES
-from vllm_reroute.plan.chunks import LAST_TOKENS
+from vllm_reroute.plan.chunks import FEWEST_STEP_TOKENS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -187,13 +187,17 @@ def check_config(vllm_config: VllmConfig) -> None:
             f"not been tested with. Allowed: {_WEIGHTS}. Use such a checkpoint, or serve without "
             "--reroute-schedule."
         )
-    for option in ("long_prefill_token_threshold", "max_num_scheduled_tokens"):
+    for option in (
+        "long_prefill_token_threshold",
+        "max_num_scheduled_tokens",
+        "max_num_batched_tokens",
+    ):
         most = getattr(vllm_config.scheduler_config, option)
-        if most is not None and 0 < most < LAST_TOKENS:
+        if most is not None and 0 < most < FEWEST_STEP_TOKENS:
             raise ValueError(
                 f"--{option.replace('_', '-')} {most} cannot be combined with visual-token routing: an "
-                f"image prompt runs at least {LAST_TOKENS} tokens at a time. Allowed: unset, or "
-                f"{LAST_TOKENS} and more. Raise it, or serve without --reroute-schedule."
+                f"image prompt runs at least two tokens at a time. Allowed: unset, or "
+                f"{FEWEST_STEP_TOKENS} and more. Raise it, or serve without --reroute-schedule."
             )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(
