@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 from vllm.v1.request import Request
 
 from vllm_reroute.plan.request_routing import RequestRouting
+from vllm_reroute.plan.turns import Turn
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.schedule import RoutingSchedule
 
@@ -49,10 +50,15 @@ class LiveRouting:
             )
         return self._routings[request]
 
-    def stops_of(self, request: Request) -> set[int]:
-        """Starts of its images behind the first, and the end of its prompt (`plan/chunks.py`)."""
-        starts = sorted(feature.mm_position.offset for feature in request.mm_features)
-        return {*starts[1:], request.num_prompt_tokens}
+    def stops_of(self, request: Request, turn: Turn) -> set[int]:
+        """Starts of a turn's images behind its first, and its end (`plan/chunks.py`)."""
+        places = [feature.mm_position for feature in request.mm_features]
+        starts = sorted(
+            place.offset
+            for place in places
+            if turn.begin < place.offset + place.length and place.offset < turn.end
+        )
+        return {*starts[1:], turn.end}
 
     def of_id(self, request_id: str) -> RequestRouting | None:
         """The same by id; None for a request that is gone, too."""

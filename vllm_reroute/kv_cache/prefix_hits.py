@@ -74,7 +74,7 @@ class PrefixHits:
             pages.append(found[0])
             for manager, own in zip(self._reusable[1:], found[1:], strict=True):
                 blocks[manager.kv_cache_group_id].append(own)
-        stops = self.live.stops_of(request)
+        stops = self.live.stops_of(request, routing.turns.turns[0])
         while pages and stops_alone(stops, (begin + len(pages)) * size):
             pages.pop()
             for manager in self._reusable[1:]:
