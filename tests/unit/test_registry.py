@@ -1,6 +1,7 @@
 """Things of other distributions: found by entry points, refused with the distribution's name."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from vllm_reroute.routing.scorers.scorer import check_scores
 from vllm_reroute.schedule import PublishedSchedule, RerouteOptions
 from vllm_reroute.schedule.published import SCHEDULES, SCORERS
 from vllm_reroute.schedule.shapes import flat
+
+from .test_no_device_sync import DEPTH, STEPS, Decoder, going
 
 KINDS = {"schedule": SCHEDULES, "scorer": SCORERS}
 WHO = "mine-{} 1.5"
@@ -155,6 +158,32 @@ def test_scores_of_another_form_are_refused(scores):
     check_scores(torch.zeros(3, 5), Prompts, Mine(None))
     with pytest.raises(ValueError, match=r"Mine returned .* It must be torch.float32 \[3, 5\]"):
         check_scores(scores, Prompts, Mine(None))
+
+
+def test_the_decoder_looks_at_the_form_of_scores():
+    class Short(Scorer):
+        def score(self, stream, positions, prompts):
+            return stream.new_zeros(len(prompts.lens), prompts.width - 1, dtype=torch.float32)
+
+    schedule = RerouteOptions(layers=(2, 5), keep=(0.5, 0.25)).resolve(DEPTH)
+    decoder = Decoder(schedule)
+    decoder.routed._scorers = {layer: Short(None) for layer in schedule.layers}
+    with pytest.raises(ValueError, match=r"Short returned"):
+        decoder.step([going(schedule, *request) for request in STEPS["all of it"]])
+
+
+@pytest.mark.parametrize("name", ["taper", "magnitude"])
+def test_the_document_shows_the_example_package(name):
+    """Whose files a server test installs; each is as short as it says."""
+    root = Path(__file__).parents[2]
+    code = (root / "examples" / "plugins" / "reroute_plugins" / f"{name}.py").read_text()
+    assert f"```python\n{code}```" in (root / "docs" / "extending.md").read_text()
+    line = next(
+        line
+        for line in (root / "examples" / "plugins" / "pyproject.toml").read_text().splitlines()
+        if line.startswith(f"{name} =")
+    )
+    assert line in (root / "docs" / "extending.md").read_text()
 
 
 def test_a_schedule_needs_no_tiers():
