@@ -62,7 +62,7 @@ dist: $(READY) ## build wheel and sdist under .local/dist, install each in an em
 
 docs: $(READY) ## build the documentation site under .local/site; a broken link fails
 	@$(BIN)/python -c "import mkdocstrings_handlers.python, material" 2>/dev/null || $(INSTALL) --quiet -e ".[docs]"
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python docs/site.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python docs/build_site.py
 
 lint: $(READY) ## check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
