@@ -25,7 +25,7 @@ GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # Nothing here talks to a model hub, and nothing reports usage.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
-.PHONY: help setup demo quality bench gpu test serve dist lint
+.PHONY: help setup demo quality bench gpu test serve dist docs lint
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -60,8 +60,13 @@ dist: $(READY) ## build wheel and sdist under .local/dist, install each in an em
 	  .local/dist/try/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $$made && \
 	  .local/dist/try/bin/vllm-reroute --version && .local/dist/try/bin/vllm-reroute schedules > /dev/null || exit 1; done
 
+docs: $(READY) ## build the documentation site under .local/site; a broken link fails
+	@$(BIN)/python -c "import mkdocstrings_handlers.python, material" 2>/dev/null || $(INSTALL) --quiet -e ".[docs]"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python docs/build_site.py
+
 lint: $(READY) ## check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 $(READY): pyproject.toml $(wildcard cpu_env/*.py cpu_env/*.pth)
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }

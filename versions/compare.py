@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from versions.source import source_of
-from versions.wheel import RELEASES, python_files
+from versions.wheel import RELEASES, newest_python_files, python_files
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,22 @@ def compare(old: Path, new: Path, where: Iterable[tuple[str, str]]) -> list[Chan
 
 
 def folder_of(version: str) -> Path:
-    """A known series' wheel, or a folder that holds `vllm/` (an installed site-packages, a checkout)."""
+    """A known series' wheel, the newest release's, or a folder that holds `vllm/` (an installed
+    site-packages, a checkout)."""
     if Path(version, "vllm").is_dir():
         return Path(version)
+    if version == "newest":
+        return newest_python_files()
     return python_files(version)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m versions.compare", description=__doc__)
     known = ", ".join(RELEASES)
-    parser.add_argument("old", help=f"one of {known}, or a folder that holds vllm/")
+    parser.add_argument("old", help=f"one of {known}, newest, or a folder that holds vllm/")
     parser.add_argument("new", help="the same")
-    args = parser.parse_args()
+    parser.add_argument("--exit-code", action="store_true", help="end with 1 if anything differs")
+    args = parser.parse_args(argv)
     try:
         changes = compare(folder_of(args.old), folder_of(args.new), places())
     except ValueError as error:
@@ -77,7 +81,7 @@ def main() -> int:
     for change in changes:
         if change.diff:
             print(f"\n=== {change.name}\n{change.diff}")
-    return 0
+    return int(args.exit_code and any(change.said != "same" for change in changes))
 
 
 if __name__ == "__main__":

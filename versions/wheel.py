@@ -37,6 +37,17 @@ def python_files(series: str, store: Path = STORE) -> Path:
     return folder
 
 
+def newest_python_files(store: Path = STORE) -> Path:
+    """The same of the newest release that pip finds, known here or not."""
+    wheels = store / "wheels" / "newest"
+    _download("vllm", wheels)
+    (wheel,) = wheels.glob("vllm-*.whl")
+    folder = store / wheel.name.split("-")[1]
+    _unpack(wheel, folder)
+    wheel.unlink()
+    return folder
+
+
 def _download(requirement: str, folder: Path) -> None:
     print(f"[versions] downloading {requirement} (several hundred MB, once)", file=sys.stderr)
     _pip("download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement)

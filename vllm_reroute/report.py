@@ -9,7 +9,7 @@ from vllm_reroute.families.deepstack import first_decision_layer
 from vllm_reroute.families.visual_tokens import fixed_visual_tokens
 from vllm_reroute.schedule.footprint import RequestFootprint
 from vllm_reroute.schedule.options import NO_SCHEDULE
-from vllm_reroute.schedule.published import SCHEDULES, TIERS
+from vllm_reroute.schedule.published import SCHEDULES, SCORERS, TIERS
 from vllm_reroute.schedule.request_options import RequestOptions
 from vllm_reroute.schedule.routing_schedule import RoutingSchedule
 
@@ -30,7 +30,7 @@ def schedule_lines(schedule: RoutingSchedule, num_visual: int) -> list[str]:
     what = _fate(removed=not schedule.reroutes)
     variant = f", variant {schedule.variant}" if schedule.variant else ""
     lines = [
-        f"schedule          {schedule.name}, action {schedule.action}{variant} (deferred tokens {what})",
+        f"schedule          {_named(schedule.name)}, action {schedule.action}{variant} (deferred tokens {what})",
         f"decision layers   {', '.join(map(str, schedule.layers))} of {schedule.num_layers}",
         *(
             f"before layer 0    the vision encoder decides, for each image: rejected tokens "
@@ -38,7 +38,7 @@ def schedule_lines(schedule: RoutingSchedule, num_visual: int) -> list[str]:
             for decision in schedule.decisions
             if decision.scored_at is None
         ),
-        f"ranked by         {RANKED_BY[schedule.scorer]}",
+        f"ranked by         {RANKED_BY.get(schedule.scorer) or SCORERS.title(schedule.scorer)}",
         *_history_lines(schedule),
         f"keep ratios       {', '.join(f'{r:g}' for r in schedule.keep)}",
         f"visual tokens     {schedule.average(num_visual):.1f} per layer on average, of {num_visual}",
@@ -60,6 +60,11 @@ def _history_lines(schedule: RoutingSchedule) -> list[str]:
         "earlier turns     keep what their own question has chosen (turns end with tokens "
         f"{', '.join(map(str, schedule.marker)) or 'that the engine looks up at start'})"
     ]
+
+
+def _named(name: str) -> str:
+    """With the distribution it is from; a user's own decision layers have none."""
+    return SCHEDULES.title(name) if name in SCHEDULES else name
 
 
 def _fate(*, removed: bool) -> str:

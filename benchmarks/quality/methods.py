@@ -22,6 +22,7 @@ from vllm_reroute.schedule.published import (
     Action,
     PublishedSchedule,
     scale_decision_layers,
+    starts_in_encoder,
 )
 
 # Ratios are solved for an image of REFERENCE_VISUAL_TOKENS; rounding on this model's smaller image is made up for by
@@ -209,7 +210,7 @@ def routed(name: str, budget: float, shape: ModelShape) -> Configuration:
     published = routing.schedule_for_32
     wanted = budget * visual
     layers = scale_decision_layers(published.layers, depth)
-    if published.starts_in_encoder or _lowest(layers, depth, visual) <= wanted:
+    if starts_in_encoder(published) or _lowest(layers, depth, visual) <= wanted:
         options_for, note = _published_options(routing), "published decision layers, scaled"
         if routing.first_layer is not None:
             options_for = _moved_options(routing, layers, depth)

@@ -6,6 +6,7 @@ import transformers
 
 from vllm_reroute import __version__
 from vllm_reroute.command_line import main
+from vllm_reroute.registry import Registry
 from vllm_reroute.vllm_seams import seams
 
 
@@ -23,7 +24,7 @@ def test_what_fits_is_said(capsys, monkeypatch):
         assert part in said
 
 
-@pytest.mark.parametrize("case", ["plugins", "version", "seam"])
+@pytest.mark.parametrize("case", ["plugins", "version", "seam", "schedule"])
 def test_what_does_not_fit_is_named_with_a_cure(capsys, monkeypatch, case):
     if case == "plugins":
         monkeypatch.setenv("VLLM_PLUGINS", "other")
@@ -31,6 +32,10 @@ def test_what_does_not_fit_is_named_with_a_cure(capsys, monkeypatch, case):
     elif case == "version":
         monkeypatch.setattr("vllm.__version__", "0.7.1")
         named = "vLLM 0.7.1 is not tested"
+    elif case == "schedule":
+        broken = Registry("schedule", "nobody.s", {"mine": "no_such_module:MADE"}, problem=str)
+        monkeypatch.setattr("vllm_reroute.command_line.doctor.KINDS", (broken,))
+        named = "The schedule 'mine' of"
     else:
         gone = seams.Seam("vllm.v1.core.block_pool", "BlockPool.no_such_part", ("self",))
         monkeypatch.setattr("vllm_reroute.command_line.doctor.SEAMS", (gone,))

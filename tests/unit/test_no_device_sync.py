@@ -22,10 +22,10 @@ from vllm_reroute.plan.step_plan import Places
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.routing.decoder import RoutedDecoder
 from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
-from vllm_reroute.routing.scorers import attention
-from vllm_reroute.routing.scorers.attention import LAST_TOKEN, LastTokenScorer, ScoringRule
-from vllm_reroute.routing.scorers.random import RandomScorer
+from vllm_reroute.routing.scorers import ScoringLayer, attention
+from vllm_reroute.routing.scorers.attention import LAST_TOKEN, ScoringRule
 from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
+from vllm_reroute.schedule.published import SCORERS
 
 from .steps import Going, Tables, plan_of, routing_of
 from .test_key_pages import PlainImpl
@@ -105,10 +105,8 @@ class Decoder:
             scored = layer(routed._names[at], self.tables, stage, index)
             # The one look at a layout, which does wait, comes before.
             read_keys(scored.self_attn.attn, Places(*np.zeros((2, 1), dtype=np.int64)))
-            scorer: Any = RandomScorer(at)
-            if schedule.scorer != "random":
-                scorer = LastTokenScorer(scored, rule, 64)
-            routed._scorers[at] = scorer
+            place = ScoringLayer(number=at, layer=scored, rule=rule, most_rows=64)
+            routed._scorers[at] = SCORERS[schedule.scorer](place)
         buffer = DeferredTokenBuffer(128, HIDDEN, torch.float32, CPU)
         routed.waiting = buffer if schedule.reroutes else None
         parked = ParkedStates.__new__(ParkedStates)

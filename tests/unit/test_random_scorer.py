@@ -5,6 +5,8 @@ import torch
 
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.routing.prompt_rows import PromptRows
+from vllm_reroute.routing.scorers import ScoringLayer
+from vllm_reroute.routing.scorers.attention import LAST_TOKEN
 from vllm_reroute.routing.scorers.random import RandomScorer
 from vllm_reroute.schedule import RerouteOptions
 
@@ -25,7 +27,8 @@ def scores(prompts, layer=4, generated=0, computed=0):
     plan = plan_of(batch, SCHEDULE)
     rows = PromptRows.of(plan, None, torch.device("cpu"))
     stream = torch.zeros(rows.num_rows, 8)
-    table = RandomScorer(layer).score(stream, torch.arange(rows.num_rows), rows)
+    at = ScoringLayer(number=layer, layer=torch.nn.Identity(), rule=LAST_TOKEN, most_rows=64)
+    table = RandomScorer(at).score(stream, torch.arange(rows.num_rows), rows)
     assert table.dtype == torch.float32 and table.shape == (len(prompts), rows.width)
     return [row[: len(prompt)] for row, prompt in zip(table, prompts, strict=True)]
 

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.routing.prompt_rows import PromptRows, hidden_keys
+from vllm_reroute.routing.scorers import ScoringLayer
 from vllm_reroute.routing.scorers.attention import (
     LAST_TOKEN,
     KeepsKeyRows,
@@ -124,7 +125,8 @@ class Scored:
             for layer in run.layers
             if piece.first_layer == LAYER
         )
-        self.scorer = LastTokenScorer(layer, rule, most_rows)
+        at = ScoringLayer(number=LAYER, layer=layer, rule=rule, most_rows=most_rows)
+        self.scorer = LastTokenScorer(at)
         self.attention = layer.self_attn.attn
 
     def streams(self):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import vllm
 
-from versions.compare import compare, folder_of, places
+from versions.compare import compare, folder_of, main, places
 from versions.overlay import overlay
 from versions.source import source_of
-from versions.wheel import RELEASES, python_files
+from versions.wheel import RELEASES, newest_python_files, python_files
 from vllm_reroute.vllm_seams.seams import TESTED_VERSIONS
 
 OLD = {
@@ -47,6 +47,26 @@ def test_changes_are_found_where_they_are(tmp_path):
     assert [one.said for one in compare(old, lost, WHERE)] == ["gone", "same", "same"]
     with pytest.raises(ValueError, match=r"vllm.core.Kernel.run is not in"):
         compare(lost, old, WHERE)
+
+
+def test_the_newest_release_is_whatever_pip_finds(tmp_path, monkeypatch, capsys):
+    def download(requirement, folder):
+        assert requirement == "vllm", "no version: pip takes the newest"
+        folder.mkdir(parents=True)
+        with zipfile.ZipFile(folder / "vllm-0.99.1-cp38-abi3-any.whl", "w") as wheel:
+            for file in (tmp_path / "new").rglob("*.py"):
+                wheel.write(file, file.relative_to(tmp_path / "new"))
+
+    release(tmp_path / "new", return_1="return 2")
+    monkeypatch.setattr("versions.wheel._download", download)
+    found = newest_python_files(tmp_path / "store")
+    assert found.name == "0.99.1"
+    monkeypatch.setattr("versions.compare.newest_python_files", lambda: found)
+    monkeypatch.setattr("versions.compare.places", lambda: WHERE)
+    old = str(release(tmp_path / "old"))
+    assert [main([old, "newest"]), main([old, "newest", "--exit-code"])] == [0, 1]
+    assert main([old, old, "--exit-code"]) == 0
+    assert "changed  vllm.core.deep.plain" in capsys.readouterr().out
 
 
 def test_every_place_is_found_in_the_vllm_at_hand():

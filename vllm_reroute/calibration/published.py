@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm_reroute.calibration.choice import Wish
 from vllm_reroute.schedule.budget import REFERENCE_VISUAL_TOKENS
 from vllm_reroute.schedule.options import RerouteOptions
-from vllm_reroute.schedule.published import ACTIONS, SCHEDULES
+from vllm_reroute.schedule.published import ACTIONS, SCHEDULES, starts_in_encoder
 from vllm_reroute.schedule.routing_schedule import RoutingSchedule
 
 
@@ -16,8 +16,10 @@ def published_schedules(
     found, left_out = {}, {}
     for name, actions in SCHEDULES.items():
         for action in ACTIONS:
+            if action not in actions:
+                continue
             title = f"{name} {action}"
-            if actions[action].starts_in_encoder:
+            if starts_in_encoder(actions[action]):
                 left_out[title] = "its first decision is the vision encoder's"
                 continue
             options = RerouteOptions(

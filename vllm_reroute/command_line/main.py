@@ -12,11 +12,11 @@ from vllm_reroute.command_line.calibrate import add_calibrate
 from vllm_reroute.command_line.doctor import add_doctor
 from vllm_reroute.command_line.explain import add_explain
 from vllm_reroute.command_line.predictions import Hardware, prediction_lines
+from vllm_reroute.command_line.schedules import add_schedules
 from vllm_reroute.families.short_names import resolve_model
 from vllm_reroute.families.table import FAMILIES
 from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
 from vllm_reroute.schedule.options import RerouteOptions
-from vllm_reroute.schedule.published import SCHEDULES, TIERS
 from vllm_reroute.startup.flags import add_reroute_flags, options_from_flags
 
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
     add_calibrate(commands)
     add_explain(commands)
-    schedules = commands.add_parser("schedules", help="published schedules and tiers")
-    schedules.set_defaults(run=_schedules)
+    add_schedules(commands)
     models = commands.add_parser("models", help="models that can be routed, with short names")
     models.set_defaults(run=_models)
     add_doctor(commands)
@@ -201,22 +200,6 @@ def _conversation(args: argparse.Namespace, cost: RequestCost, num_visual: int) 
         answer=args.text_tokens // 2,
     )
     return ["", *conversation_lines(conversation)]
-
-
-def _schedules(_: argparse.Namespace) -> list[str]:
-    lines = ["Published schedules for a 32-layer decoder; other depths are scaled.", ""]
-    lines.append("schedule  action   tier  decision layers  keep ratios            average of 576")
-    for name, actions in SCHEDULES.items():
-        for action, published in actions.items():
-            for tier in TIERS:
-                schedule = RerouteOptions(schedule=name, action=action, tier=tier).resolve(32)
-                layers = ",".join(map(str, published.layers))
-                keep = ",".join(f"{r:g}" for r in published.keep[tier])
-                lines.append(
-                    f"{name:<8}  {action:<7}  {tier:>4}  {layers:<15}  {keep:<28} "
-                    f"{schedule.average():>8.1f}"
-                )
-    return [*lines, "", "none      serve without routing"]
 
 
 def _models(_: argparse.Namespace) -> list[str]:

@@ -18,11 +18,13 @@ from vllm_reroute.plan.step_plan import StepPlan
 from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
 from vllm_reroute.routing.graphs import StageHandover, without_graphs
 from vllm_reroute.routing.prompt_rows import prompt_scores
-from vllm_reroute.routing.scorers.attention import LAST_TOKEN, LastTokenScorer, ScoringRule
-from vllm_reroute.routing.scorers.random import RandomScorer
+from vllm_reroute.routing.scorers import Scorer, ScoringLayer
+from vllm_reroute.routing.scorers.attention import LAST_TOKEN, ScoringRule
+from vllm_reroute.routing.scorers.scorer import check_scores
 from vllm_reroute.routing.stage import build_stage
 from vllm_reroute.routing.token_state import Choice, TokenState
 from vllm_reroute.schedule import RoutingSchedule, Stage
+from vllm_reroute.schedule.published import SCORERS
 
 
 class RoutedDecoder(nn.Module):
@@ -62,14 +64,17 @@ class RoutedDecoder(nn.Module):
             build_stage(layers[piece.first_layer : piece.end_layer], piece, vllm_config)
             for piece in schedule.pieces
         )
-        self._scorers = {
-            decision.scored_at: RandomScorer(decision.scored_at)
-            if schedule.scorer == "random"
-            else LastTokenScorer(
-                layers[decision.scored_at], scoring, scheduler.max_num_batched_tokens
+        self._scorers: dict[int, Scorer] = {
+            at: SCORERS[schedule.scorer](
+                ScoringLayer(
+                    number=at,
+                    layer=layers[at],
+                    rule=scoring,
+                    most_rows=scheduler.max_num_batched_tokens,
+                )
             )
             for decision in schedule.decisions
-            if decision.scored_at is not None
+            if (at := decision.scored_at) is not None
         }
         self.waiting = (
             DeferredTokenBuffer(
@@ -199,14 +204,13 @@ class RoutedDecoder(nn.Module):
         if (decision is None and scored is None) or not tokens.plan.prefills:
             return
         tokens.merge()
-        accumulates = self.schedule.scorer == "accumulated"
         if scored is not None:
-            stage = self.schedule.stage_of(scored.layer)
-            if accumulates or not tokens.keeps_all(stage):
-                found = self._scorers[layer].score(
-                    tokens.candidates.stream, tokens.candidates.positions, tokens.prompts(stage)
-                )
-                adds = accumulates and tokens.scores is not None
+            stage, scorer = self.schedule.stage_of(scored.layer), self._scorers[layer]
+            prompts = tokens.prompts(stage)
+            if scorer.accumulates or not tokens.keeps_all(stage):
+                found = scorer.score(tokens.candidates.stream, tokens.candidates.positions, prompts)
+                check_scores(found, prompts, scorer)
+                adds = scorer.accumulates and tokens.scores is not None
                 tokens.scores = tokens.scores + found if adds else found
         if decision is not None:
             stage = self.schedule.stage_of(layer)

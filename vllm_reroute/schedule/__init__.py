@@ -1,6 +1,7 @@
 """Options, published schedules, and the schedule resolved for one model."""
 
 from vllm_reroute.schedule.options import RerouteOptions
+from vllm_reroute.schedule.published import PublishedSchedule, Schedule
 from vllm_reroute.schedule.routing_schedule import (
     CONFIG_KEY,
     SCHEDULE_KEY,
@@ -12,8 +13,10 @@ from vllm_reroute.schedule.routing_schedule import (
 __all__ = [
     "CONFIG_KEY",
     "SCHEDULE_KEY",
+    "PublishedSchedule",
     "RerouteOptions",
     "RoutingSchedule",
+    "Schedule",
     "Stage",
     "is_routed",
 ]

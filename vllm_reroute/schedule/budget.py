@@ -5,15 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from vllm_reroute.schedule.published import PUBLISHED_VISUAL_TOKENS, PublishedSchedule
+from vllm_reroute.schedule.published import PUBLISHED_VISUAL_TOKENS, Schedule
+from vllm_reroute.schedule.shapes import first_that_keeps_all
 
 REFERENCE_VISUAL_TOKENS = PUBLISHED_VISUAL_TOKENS
 """Visual tokens of one LLaVA-1.5 image; budgets and averages are stated for it."""
 
 _BISECTION_STEPS = 60
-
-_SEVENTH = 7
-"""Nüwa lets seven times as many tokens into the decoder as it keeps from the middle on."""
 
 _NUDGES = range(-4, 5)
 """Tokens by which a solved count may move so that the total comes out exactly."""
@@ -58,12 +56,29 @@ def average_visual_tokens(
     )
 
 
+def tier_keep_ratios(
+    schedule: Schedule, num_layers: int, layers: Sequence[int], tier: int
+) -> tuple[float, ...]:
+    """Keep ratios of a tier: as published, or solved for where the schedule says none.
+
+    Raises ValueError for a tier that its decision layers put out of reach.
+    """
+    if tier in schedule.keep:
+        return tuple(schedule.keep[tier])
+    return solve_keep_ratios(schedule, num_layers, layers, tier, option="tier")
+
+
 def solve_keep_ratios(
-    published: PublishedSchedule, num_layers: int, layers: Sequence[int], average: float
+    schedule: Schedule,
+    num_layers: int,
+    layers: Sequence[int],
+    average: float,
+    option: str = "budget",
 ) -> tuple[float, ...]:
     """Keep ratios of the schedule's own shape that average `average` visual tokens per layer.
 
-    average: wanted visual tokens per layer for an image of `REFERENCE_VISUAL_TOKENS`.
+    average: wanted visual tokens per layer for an image of `REFERENCE_VISUAL_TOKENS`. option: that
+    asks for it, as the error shall call it.
     Returns one ratio per decision layer. Flat shapes meet the average to half a token. Shapes
     with several different ratios meet it exactly where `average * num_layers` is a whole number,
     unless stage sizes share a divisor or the shape is pressed flat near either end of the range.
@@ -75,20 +90,20 @@ def solve_keep_ratios(
     lowest = (sizes[0] * visual + sum(sizes[1:])) / num_layers
     if not lowest <= average <= visual:
         raise ValueError(
-            f"--reroute-budget {average:g} cannot be met: with decision layers "
+            f"--reroute-{option} {average:g} cannot be met: with decision layers "
             f"{','.join(map(str, layers))} of {num_layers} layers an image of {visual} visual "
-            f"tokens can average {lowest:.1f} to {visual}. Choose a value in that range."
+            f"tokens can average {lowest:.1f} to {visual}. Choose a value in that range"
+            f"{'.' if option == 'budget' else ', with --reroute-budget.'}"
         )
     wanted = average * num_layers - sizes[0] * visual
-    # High enough for the last ratio to reach 1, where every shape keeps everything.
-    low, high = 0.0, _SEVENTH + 1.0 if published.shape == "seventh" else 2.0 ** len(layers)
+    low, high = 0.0, first_that_keeps_all(schedule.shape, len(layers))
     for _ in range(_BISECTION_STEPS):
         first = (low + high) / 2
         total = sum(
-            n * visual * r for n, r in zip(sizes[1:], _shape(published, first), strict=True)
+            n * visual * r for n, r in zip(sizes[1:], _ratios(schedule, first), strict=True)
         )
         low, high = (first, high) if total < wanted else (low, first)
-    counts = [max(1, round(visual * r)) for r in _shape(published, high)]
+    counts = [max(1, round(visual * r)) for r in _ratios(schedule, high)]
     return tuple(_ratio_for(count) for count in _nudge(counts, sizes[1:], wanted))
 
 
@@ -97,18 +112,9 @@ def _stage_sizes(num_layers: int, layers: Sequence[int]) -> list[int]:
     return [after - before for before, after in itertools.pairwise(edges)]
 
 
-def _shape(published: PublishedSchedule, first: float) -> list[float]:
-    """Ratios whose first one is `first`; beyond 1 the later ones still grow, up to 1 each."""
-    stages = range(len(published.layers))
-    if published.shape == "geometric":
-        ratios = [first ** (i + 1) for i in stages]
-    elif published.shape == "halving":
-        ratios = [first / 2 ** max(0, i - 1) for i in stages]
-    elif published.shape == "seventh":
-        ratios = [first / _SEVENTH if i else first for i in stages]
-    else:
-        ratios = [first for _ in stages]
-    return [min(1.0, ratio) for ratio in ratios]
+def _ratios(schedule: Schedule, first: float) -> list[float]:
+    """Of all decisions; beyond 1 the first one still moves the others, up to 1 each."""
+    return [min(1.0, ratio) for ratio in schedule.shape(first, len(schedule.layers))]
 
 
 def _nudge(counts: list[int], sizes: Sequence[int], wanted: float) -> list[int]:

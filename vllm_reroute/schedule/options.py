@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from vllm_reroute.schedule.budget import solve_keep_ratios
+from vllm_reroute.schedule.budget import solve_keep_ratios, tier_keep_ratios
 from vllm_reroute.schedule.published import (
     ACTIONS,
     HISTORIES,
@@ -15,8 +15,9 @@ from vllm_reroute.schedule.published import (
     SCORERS,
     TIERS,
     VARIANTS,
-    PublishedSchedule,
+    Schedule,
     scale_decision_layers,
+    starts_in_encoder,
 )
 from vllm_reroute.schedule.routing_schedule import RoutingSchedule
 from vllm_reroute.schedule.values import check_choice, check_keep, number, numbers
@@ -55,11 +56,13 @@ class RerouteOptions:
     turn_marker: str | None = None
 
     def __post_init__(self) -> None:
+        SCHEDULES.check()
+        SCORERS.check()
         check_choice("schedule", self.schedule, [*SCHEDULES, NO_SCHEDULE])
         check_choice("action", self.action, ACTIONS)
         check_choice("variant", self.variant, VARIANTS)
         check_choice("tier", self.tier, TIERS)
-        check_choice("scorer", self.scorer, SCORERS)
+        check_choice("scorer", self.scorer, list(SCORERS))
         check_choice("history", self.history, HISTORIES)
         self._check_combination()
         self._check_history()
@@ -99,8 +102,12 @@ class RerouteOptions:
     @property
     def starts_in_encoder(self) -> bool:
         """Whether the vision encoder takes the first decision."""
-        published = SCHEDULES.get(self.schedule or NO_SCHEDULE)
-        return published is not None and published[DEFAULT_ACTION].starts_in_encoder
+        return _encoder_first(SCHEDULES.get(self.schedule or NO_SCHEDULE, {}))
+
+    @property
+    def _accumulates(self) -> bool:
+        # The default one is left alone: it imports vLLM.
+        return self.scorer not in (None, DEFAULT_SCORER) and SCORERS[self.scorer].accumulates
 
     def resolve(self, num_layers: int, first_decision_layer: int = 1) -> RoutingSchedule:
         """The complete schedule for a decoder of `num_layers` layers.
@@ -136,11 +143,11 @@ class RerouteOptions:
         )
 
     def _keep_ratios(
-        self, published: PublishedSchedule, num_layers: int, layers: Sequence[int]
+        self, schedule: Schedule, num_layers: int, layers: Sequence[int]
     ) -> tuple[float, ...]:
         if self.budget is not None:
-            return solve_keep_ratios(published, num_layers, layers, self.budget)
-        return published.keep[self.tier or DEFAULT_TIER]
+            return solve_keep_ratios(schedule, num_layers, layers, self.budget)
+        return tier_keep_ratios(schedule, num_layers, layers, self.tier or DEFAULT_TIER)
 
     def _check_combination(self) -> None:
         self._check_file()
@@ -165,6 +172,7 @@ class RerouteOptions:
                     f"--reroute-{name} {value} has no meaning with --reroute-layers and "
                     "--reroute-keep, which say everything. Drop one or the other."
                 )
+        self._check_action()
         self._check_variant()
         if self.scorer not in (None, DEFAULT_SCORER) and self.starts_in_encoder:
             raise ValueError(
@@ -173,12 +181,12 @@ class RerouteOptions:
                 f"{DEFAULT_SCORER}. Leave it out, or take another schedule, at the same average with "
                 "--reroute-budget."
             )
-        if self.scorer == "accumulated" and self.action == "remove":
+        if self._accumulates and self.action == "remove":
             raise ValueError(
-                "--reroute-scorer accumulated cannot be combined with --reroute-action remove: what "
-                "an earlier decision ranked low is gone. Allowed: "
-                f"{', '.join(s for s in SCORERS if s != 'accumulated')}. Or take --reroute-action "
-                "reroute."
+                f"--reroute-scorer {self.scorer} cannot be combined with --reroute-action remove: it "
+                "adds scores of earlier decisions, but what they ranked low is gone. Allowed: "
+                f"{', '.join(_scorers_of_one_decision())}. Or take "
+                "--reroute-action reroute."
             )
         extras = [
             n
@@ -218,26 +226,43 @@ class RerouteOptions:
             raise ValueError(
                 f"--reroute-{name} {value} cannot be combined with --reroute-schedule {self.schedule}: "
                 "its first choice is the vision encoder's, which sees no question. Allowed: "
-                f"{', '.join(n for n, of in SCHEDULES.items() if not of[DEFAULT_ACTION].starts_in_encoder)}. "
+                f"{', '.join(n for n, of in SCHEDULES.items() if not _encoder_first(of))}. "
                 "Take one of them, at the same average with --reroute-budget, or leave it out."
             )
-        if self.scorer == "accumulated":
+        if self._accumulates:
             raise ValueError(
-                f"--reroute-{name} {value} cannot be combined with --reroute-scorer accumulated: stages "
+                f"--reroute-{name} {value} cannot be combined with --reroute-scorer {self.scorer}: stages "
                 "hold different tokens of earlier turns, so their scores do not add up. Allowed: "
-                f"{', '.join(s for s in SCORERS if s != 'accumulated')}. Leave one of them out."
+                f"{', '.join(_scorers_of_one_decision())}. Leave one of them out."
             )
 
-    def _check_variant(self) -> None:
-        in_encoder = [name for name, of in SCHEDULES.items() if of["reroute"].starts_in_encoder]
+    def _check_action(self) -> None:
         action = self.action or DEFAULT_ACTION
-        if self.variant is None or (self.schedule in in_encoder and action == "reroute"):
+        if self.schedule in (None, NO_SCHEDULE) or action in SCHEDULES[self.schedule]:
+            return
+        raise ValueError(
+            f"--reroute-action {action} is not what --reroute-schedule "
+            f"{SCHEDULES.title(self.schedule)} is made for. Allowed: "
+            f"{', '.join(SCHEDULES[self.schedule])}. Give one of them with --reroute-action."
+        )
+
+    def _check_variant(self) -> None:
+        action = self.action or DEFAULT_ACTION
+        if self.variant is None or (self.starts_in_encoder and action == "reroute"):
             return
         raise ValueError(
             f"--reroute-variant {self.variant} says what becomes of tokens the vision encoder "
-            "rejects. Allowed: only with --reroute-schedule "
-            f"{', '.join(in_encoder)} and --reroute-action reroute. Leave it out, or choose these."
+            "rejects. Allowed: only with --reroute-schedule nuwa and --reroute-action reroute. Leave "
+            "it out, or choose these."
         )
+
+
+def _encoder_first(actions: Mapping[Any, Schedule]) -> bool:
+    return any(map(starts_in_encoder, actions.values()))
+
+
+def _scorers_of_one_decision() -> list[str]:
+    return [name for name, scorer in SCORERS.items() if not scorer.accumulates]
 
 
 def _check_custom(layers: Sequence[int], keep: Sequence[float]) -> None:

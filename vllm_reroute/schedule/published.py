@@ -8,8 +8,15 @@ Nüwa's code (arXiv 2602.02951) for Nüwa.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from vllm_reroute.registry import Registry
+from vllm_reroute.schedule.plugin_checks import problem_of_schedule, problem_of_scorer
+from vllm_reroute.schedule.shapes import Shape, flat, geometric, halving, seventh
+
+if TYPE_CHECKING:
+    from vllm_reroute.routing.scorers import Scorer
 
 Action = Literal["reroute", "remove"]
 
@@ -25,11 +32,18 @@ VARIANTS: tuple[Variant, ...] = ("A", "B")
 """What `nuwa` with `reroute` does with tokens the vision encoder rejects: gone (A), or deferred
 like any other (B)."""
 
-Scorer = Literal["attention", "accumulated", "random"]
-
-SCORERS: tuple[Scorer, ...] = ("attention", "accumulated", "random")
+SCORERS: Registry[type[Scorer]] = Registry(
+    kind="scorer",
+    group="vllm_reroute.scorers",
+    built_in={
+        "attention": "vllm_reroute.routing.scorers.attention:LastTokenScorer",
+        "accumulated": "vllm_reroute.routing.scorers.accumulated:AccumulatedScorer",
+        "random": "vllm_reroute.routing.scorers.random:RandomScorer",
+    },
+    problem=problem_of_scorer,
+)
 """How visual tokens are ranked: by the last prompt token's attention, by its sum over this and all
-earlier decisions, or at random, the baseline any ranking has to beat."""
+earlier decisions, or at random, the baseline any ranking has to beat; and what is installed."""
 
 History = Literal["rerank", "keep"]
 
@@ -44,23 +58,37 @@ PUBLISHED_VISUAL_TOKENS = 576
 """Visual tokens of one image the published counts are written for (LLaVA-1.5-7B)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublishedSchedule:
-    """One method with one action, as published.
+class Schedule(Protocol):
+    """One method with one action.
 
     layers: decision layers for a decoder of `PUBLISHED_DEPTH` layers; 0 is the vision encoder's.
-    keep: tier -> one keep ratio per decision layer, a share of the original visual tokens.
-    shape: relative keep ratios as a function of the first one, used to solve for a budget.
+    keep: tier -> one keep ratio per decision layer, a share of the original visual tokens. What is
+    not there is solved for, by the shape.
+    shape: keep ratios as a function of the first one and their number, see `shapes.py`.
     """
 
-    layers: tuple[int, ...]
-    keep: Mapping[int, tuple[float, ...]]
-    shape: Literal["flat", "geometric", "halving", "seventh"]
+    @property
+    def layers(self) -> tuple[int, ...]: ...
 
     @property
-    def starts_in_encoder(self) -> bool:
-        """Whether the vision encoder takes the first decision, before decoder layer 0."""
-        return self.layers[0] == 0
+    def keep(self) -> Mapping[int, tuple[float, ...]]: ...
+
+    @property
+    def shape(self) -> Shape: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedSchedule:
+    """A `Schedule` as a table says it."""
+
+    layers: tuple[int, ...]
+    keep: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    shape: Shape
+
+
+def starts_in_encoder(schedule: Schedule) -> bool:
+    """Whether the vision encoder takes the first decision, before decoder layer 0."""
+    return schedule.layers[0] == 0
 
 
 _NUWA_COUNTS = {192: (336, 48), 128: (224, 32), 64: (112, 16)}
@@ -80,45 +108,66 @@ def _nuwa(num_later: int) -> dict[int, tuple[float, ...]]:
     }
 
 
-SCHEDULES: dict[str, dict[Action, PublishedSchedule]] = {
-    "fastv": {
-        "remove": PublishedSchedule(
-            layers=(3,),
-            keep={192: (0.2644,), 128: (0.1418,), 64: (0.01916,)},
-            shape="flat",
-        ),
-        "reroute": PublishedSchedule(
-            layers=(3, 7, 15, 23),
-            keep={192: (0.2644,) * 4, 128: (0.1418,) * 4, 64: (0.01916,) * 4},
-            shape="flat",
-        ),
-    },
-    "pdrop": {
-        "remove": PublishedSchedule(
-            layers=(2, 7, 15, 23),
-            keep={
-                192: (0.5965, 0.3558, 0.2123, 0.1266),
-                128: (0.4570, 0.2088, 0.0954, 0.0436),
-                64: (0.2789, 0.0937, 0.0315, 0.0106),
-            },
-            shape="geometric",
-        ),
-        "reroute": PublishedSchedule(
-            layers=(2, 7, 15, 23),
-            keep={
-                192: (0.4502, 0.4502, 0.2251, 0.1126),
-                128: (0.2655, 0.2655, 0.1328, 0.0664),
-                64: (0.1392, 0.1392, 0.0696, 0.0348),
-            },
-            shape="halving",
-        ),
-    },
-    "nuwa": {
-        "remove": PublishedSchedule(layers=(0, 16), keep=_nuwa(1), shape="seventh"),
-        "reroute": PublishedSchedule(layers=(0, 16, 20, 24, 28), keep=_nuwa(4), shape="seventh"),
-    },
+FASTV: dict[Action, Schedule] = {
+    "remove": PublishedSchedule(
+        layers=(3,),
+        keep={192: (0.2644,), 128: (0.1418,), 64: (0.01916,)},
+        shape=flat,
+    ),
+    "reroute": PublishedSchedule(
+        layers=(3, 7, 15, 23),
+        keep={192: (0.2644,) * 4, 128: (0.1418,) * 4, 64: (0.01916,) * 4},
+        shape=flat,
+    ),
 }
-"""name -> action -> what was published. `none` is not a schedule: it means stock vLLM."""
+
+PDROP: dict[Action, Schedule] = {
+    "remove": PublishedSchedule(
+        layers=(2, 7, 15, 23),
+        keep={
+            192: (0.5965, 0.3558, 0.2123, 0.1266),
+            128: (0.4570, 0.2088, 0.0954, 0.0436),
+            64: (0.2789, 0.0937, 0.0315, 0.0106),
+        },
+        shape=geometric,
+    ),
+    "reroute": PublishedSchedule(
+        layers=(2, 7, 15, 23),
+        keep={
+            192: (0.4502, 0.4502, 0.2251, 0.1126),
+            128: (0.2655, 0.2655, 0.1328, 0.0664),
+            64: (0.1392, 0.1392, 0.0696, 0.0348),
+        },
+        shape=halving,
+    ),
+}
+
+NUWA: dict[Action, Schedule] = {
+    "remove": PublishedSchedule(layers=(0, 16), keep=_nuwa(1), shape=seventh),
+    "reroute": PublishedSchedule(layers=(0, 16, 20, 24, 28), keep=_nuwa(4), shape=seventh),
+}
+
+
+def _problem_of_schedule(made: Any) -> str | None:
+    wrong = problem_of_schedule(made, ACTIONS, TIERS, PUBLISHED_DEPTH)
+    if wrong is None and made is not NUWA and any(map(starts_in_encoder, made.values())):
+        return "decides at layer 0, where only nuwa can: it has nothing to score with. Start at 1"
+    return wrong
+
+
+SCHEDULES: Registry[Mapping[Action, Schedule]] = Registry(
+    kind="schedule",
+    group="vllm_reroute.schedules",
+    built_in={
+        "fastv": "vllm_reroute.schedule.published:FASTV",
+        "pdrop": "vllm_reroute.schedule.published:PDROP",
+        "nuwa": "vllm_reroute.schedule.published:NUWA",
+    },
+    # No schedule at all, and the user's own decision layers.
+    reserved=("none", "custom"),
+    problem=_problem_of_schedule,
+)
+"""name -> action -> schedule: what was published, and what is installed."""
 
 
 def scale_decision_layers(

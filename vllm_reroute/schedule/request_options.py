@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm_reroute.schedule.budget import solve_keep_ratios
+from vllm_reroute.schedule.budget import solve_keep_ratios, tier_keep_ratios
 from vllm_reroute.schedule.options import NO_SCHEDULE
-from vllm_reroute.schedule.published import HISTORIES, SCHEDULES, TIERS, PublishedSchedule
+from vllm_reroute.schedule.published import HISTORIES, SCHEDULES, TIERS, Schedule
 from vllm_reroute.schedule.routing_schedule import RoutingSchedule
 from vllm_reroute.schedule.values import check_choice, check_keep, number, numbers
 
@@ -108,7 +108,7 @@ class RequestOptions:
                     f"reroute_tier {self.tier} is unknown. Choose one of: "
                     f"{', '.join(map(str, TIERS))}; or any average with reroute_budget."
                 )
-            return published.keep[self.tier]
+            return tier_keep_ratios(published, schedule.num_layers, schedule.layers, self.tier)
         if self.budget is not None:
             published = self._published(schedule, "budget", f"{self.budget:g}")
             return solve_keep_ratios(published, schedule.num_layers, schedule.layers, self.budget)
@@ -122,7 +122,7 @@ class RequestOptions:
             return self.keep
         return schedule.keep
 
-    def _published(self, schedule: RoutingSchedule, name: str, value: Any) -> PublishedSchedule:
+    def _published(self, schedule: RoutingSchedule, name: str, value: Any) -> Schedule:
         if schedule.name not in SCHEDULES:
             raise ValueError(
                 f"reroute_{name} {value} needs a server with a named schedule; this one has decision "

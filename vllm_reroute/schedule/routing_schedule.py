@@ -12,7 +12,7 @@ from vllm_reroute.schedule.budget import (
     average_visual_tokens,
     num_kept_of_images,
 )
-from vllm_reroute.schedule.published import Action, History, Scorer, Variant
+from vllm_reroute.schedule.published import Action, History, Variant
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -61,12 +61,12 @@ class Decision:
 class RoutingSchedule:
     """What to route where, complete and checked before the engine starts.
 
-    name: `fastv`, `pdrop`, `nuwa` or `custom`. num_layers: decoder layers of the model.
+    name: one of `SCHEDULES`, or `custom`. num_layers: decoder layers of the model.
     layers: decision layers, strictly increasing, in [0, num_layers). A decision at 0 is the vision
     encoder's: there is no dense stage then.
     keep: one ratio per decision layer; for `remove` never rising, since nothing comes back.
     variant: of a `reroute` schedule whose first decision is the vision encoder's; None otherwise.
-    scorer: what ranks visual tokens in the decoder. history: what becomes of earlier turns' pictures.
+    scorer: what ranks visual tokens in the decoder, one of `SCORERS`. history: what becomes of earlier turns' pictures.
     marker: token ids with which a prompt asks the assistant to speak; empty where nobody needs them.
     """
 
@@ -76,7 +76,7 @@ class RoutingSchedule:
     layers: tuple[int, ...]
     keep: tuple[float, ...]
     variant: Variant | None = None
-    scorer: Scorer = "attention"
+    scorer: str = "attention"
     history: History = "rerank"
     marker: tuple[int, ...] = ()
 

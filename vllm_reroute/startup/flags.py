@@ -82,11 +82,12 @@ def add_reroute_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     )
     group.add_argument(
         "--reroute-scorer",
-        choices=SCORERS,
+        choices=list(SCORERS),
         default=argparse.SUPPRESS,
         help="What ranks visual tokens: the last prompt token's attention, the same accumulated over "
         "this and all earlier decisions (with reroute: later words of an answer may need what the "
-        "first one no longer looks at), or random choice, a baseline for quality comparisons. "
+        "first one no longer looks at), random choice, a baseline for quality comparisons, or one that "
+        "another distribution has brought. "
         f"Default: {DEFAULT_SCORER}.",
     )
     group.add_argument(

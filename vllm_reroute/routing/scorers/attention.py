@@ -12,6 +12,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_reroute.attention.key_pages import read_keys, write_keys
 from vllm_reroute.routing.prompt_rows import PromptRows
+from vllm_reroute.routing.scorers.scorer import Scorer, ScoringLayer
 
 HeadReduction = Literal["mean", "max"]
 
@@ -110,7 +111,7 @@ class KeepsKeyRows(UnquantizedLinearMethod):
         return layer.weight.detach()[self.rows], None if bias is None else bias.detach()[self.rows]
 
 
-class LastTokenScorer:
+class LastTokenScorer(Scorer):
     """Scores the visual tokens of a step's image prompts at one decision layer.
 
     Works on the scoring layer's own input: RMSNorm, q of the last prompt token, k of every
@@ -119,12 +120,11 @@ class LastTokenScorer:
     `ScoringRule`; never a map over queries.
     """
 
-    def __init__(self, layer: nn.Module, rule: ScoringRule, most_rows: int) -> None:
-        """most_rows: rows whose keys are computed at a time."""
-        self.rule = rule
-        self.most_rows = most_rows
-        self.norm = layer.input_layernorm
-        self.attention = layer.self_attn
+    def __init__(self, at: ScoringLayer) -> None:
+        self.rule = at.rule
+        self.most_rows = at.most_rows
+        self.norm = at.layer.input_layernorm
+        self.attention = at.layer.self_attn
         modules = dict(self.attention.named_children())
         self._head_norms = {n: modules[n] for n in ("q_norm", "k_norm") if n in modules}
         # Only unquantised weights can be sliced; others use the whole fused projection.

@@ -6,18 +6,19 @@ import numpy as np
 import torch
 
 from vllm_reroute.routing.prompt_rows import PromptRows
+from vllm_reroute.routing.scorers.scorer import Scorer, ScoringLayer
 from vllm_reroute.to_device import to_device
 
 
-class RandomScorer:
+class RandomScorer(Scorer):
     """Stands in for `LastTokenScorer`.
 
     A turn's scores depend on the prompt up to its end and the layer alone, so batches, preemptions and
     tensor-parallel ranks choose alike.
     """
 
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
+    def __init__(self, at: ScoringLayer) -> None:
+        self.layer = at.number
 
     def score(
         self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
