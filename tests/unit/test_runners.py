@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -292,13 +293,15 @@ def test_v2_hands_the_step_to_build(model, run, state):
     assert [builder.step for builder in model.builders] == [None] * 4, "nothing is left behind"
 
 
-def test_v2_warms_up_every_stage_once_and_leaves_nothing(model, run, state, monkeypatch):
+@pytest.mark.parametrize("history", [{}, {"history": "keep", "marker": (4, 5, 4)}], ids=str)
+def test_v2_warms_up_every_stage_once_and_leaves_nothing(model, run, state, monkeypatch, history):
     """Not in a dummy run, which vLLM may be measuring."""
     before, seen = model.pool.clone(), []
     key_pages._FOUND.clear()
     # With it a step writes parked states, too.
     monkeypatch.setattr(model.config.cache_config, "enable_prefix_caching", True)
     state._is_warm = False
+    monkeypatch.setattr(model.decoder, "schedule", replace(model.schedule, **history))
     model.decoder.observer = seen.append
     state.add_request(0, new_request("text"))
     prepare(model, run, state, v2_batch(None, [0], [5]))

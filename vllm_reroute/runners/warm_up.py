@@ -68,13 +68,17 @@ class WarmUp:
             config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len
         )
         num_visual = visual_tokens_per_image(config.model_config.hf_config)
-        num_visual = min(num_visual, most - before - _TEXT_BEHIND)
+        marker = self.planner.schedule.marker
+        behind = max(_TEXT_BEHIND, len(marker))
+        num_visual = min(num_visual, most - before - behind)
         if num_visual < LAST_TOKENS:
             return
-        num_prompt = before + num_visual + _TEXT_BEHIND
+        num_prompt = before + num_visual + behind
+        # Where turns end with a marker, this one ends with the prompt.
+        other = max(marker, default=0) + 1
         routing = RequestRouting.of(
             VisualSpans((before,), (before + num_visual,)),
-            range(num_prompt),
+            [*[other] * (num_prompt - len(marker)), *marker],
             self.planner.schedule,
             self.planner.block_size,
         )
