@@ -90,6 +90,11 @@ REFUSALS = (
     _unset("enable_dbo", "a decision cannot be split over two micro-batches"),
     _only("ubatch_size", 0, "a decision cannot be split over micro-batches"),
     _unset("disable_hybrid_kv_cache_manager", "every stage is a KV cache group of its own"),
+    _unset(
+        "disable_chunked_mm_input",
+        "no step runs a single token of an image prompt, so an image as large as a step could wait "
+        "for ever",
+    ),
     _unset("kv_sharing_fast_prefill", "deferred tokens already skip layers"),
     Refusal(
         option="enable_lora",
