@@ -130,7 +130,7 @@ def test_pages_are_for_turns_that_wait():
     assert engine.pages(request) == 0
     assert len(engine.parked.req_to_blocks["first"]) == PAGES * 4
     engine.run(request, 20)
-    assert engine.pages(request) == PAGES * (8 - 6)
+    assert engine.pages(request) == engine.parked.num_held() == PAGES * (8 - 6)
     assert len(engine.parked.req_to_blocks["first"]) == PAGES * 8
     engine.run(request, 45)
     assert engine.parked.holders == []
@@ -143,7 +143,7 @@ def test_a_page_that_two_turns_share_stays():
     request = ask("first", *FIRST, SHORT, DOG, *WHERE)
     engine.prefill(request, 100)
     engine.run(request, 2)
-    assert engine.pages(request) == PAGES
+    assert engine.pages(request) == engine.parked.num_held() == PAGES
     engine.run(request, 20)
     blocks = engine.parked.req_to_blocks["first"]
     assert [block.is_null for block in blocks] == [True] * 6 * PAGES + [False] * 2 * PAGES

@@ -68,19 +68,20 @@ class ParkedManager(LayeredManager):
         ]
 
     def num_held(self) -> int:
-        """Pages that hold states, without the entries before the text prefixes."""
+        """Pages that hold states, without the entries before the turns that wait."""
         return sum(self._num_held(request_id) for request_id in self.holders)
 
     def _num_held(self, request_id: str) -> int:
-        routing = self.live.of_id(request_id)
-        before = routing.text_prefix // self.block_size * self.num_layers
+        request = self.live.requests[request_id]
+        turn = self.live.of(request).turns.undecided_at(request.num_computed_tokens)
+        assert turn is not None, "pages are released with the last decision"
+        before = turn.begin // self.block_size * self.num_layers
         return max(0, len(self.req_to_blocks[request_id]) - before)
 
     def release(self, request_id: str) -> None:
         """Every stage has the turn: its parked states are only good for the prefix cache."""
         request, blocks = self.live.requests[request_id], self.req_to_blocks[request_id]
-        turns = self.live.of(request).turns.turns
-        later = next((turn for turn in turns if turn.end > request.num_computed_tokens), None)
+        later = self.live.of(request).turns.undecided_at(request.num_computed_tokens)
         if later is None:
             freed = self.req_to_blocks.pop(request_id)
         else:
