@@ -48,7 +48,7 @@ class LiveRequests(Protocol):
 
 
 class RoutingCounts:
-    """Counts for `/metrics`. A step of requests that only decode costs one look at the clock.
+    """Counts for `/metrics`. In a step of requests that only decode, none of them is looked at.
 
     live: the scheduler's requests. block_bytes: bytes of one block, which holds `block_size` tokens
     of one layer. parked_blocks: blocks in which states are parked now. clock: seconds.
