@@ -117,7 +117,7 @@ def test_counts_are_those_of_the_requests(configs, asynchronous):
     steps = Watched(configs["routed"], asynchronous=asynchronous)
     steps.add(
         text("t", 70, max_tokens=3),
-        image("long", 130, length=40, max_tokens=6),
+        asking(image("long", 130, length=40, max_tokens=6), history="rerank"),
         asking(image("own", 30, max_tokens=20), keep=[1.0, 0.5]),
         asking(image("dense", 30, max_tokens=20), schedule="none"),
         image("aborted", 40),

@@ -68,13 +68,9 @@ class ParkedManager(LayeredManager):
         ]
 
     def num_held(self) -> int:
-        """Pages that hold states, without the entries before the text prefixes."""
-        return sum(self._num_held(request_id) for request_id in self.holders)
-
-    def _num_held(self, request_id: str) -> int:
-        routing = self.live.of_id(request_id)
-        before = routing.text_prefix // self.block_size * self.num_layers
-        return max(0, len(self.req_to_blocks[request_id]) - before)
+        """Pages that hold states now."""
+        tables = (self.req_to_blocks[request_id] for request_id in self.holders)
+        return sum(not block.is_null for blocks in tables for block in blocks)
 
     def release(self, request_id: str) -> None:
         """Every stage has the turn: its parked states are only good for the prefix cache."""
