@@ -54,7 +54,7 @@ class Watched(Steps):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.now, self.counted, self.gauges = 0.0, Counter(), {}
+        self.now, self.counted, self.gauges, self.read_again = 0.0, Counter(), {}, 0
         self.scheduler.counts._clock = lambda: self.now
         managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.stages = [m for m in managers if m is not self.scheduler.parked_pages]
@@ -64,13 +64,17 @@ class Watched(Steps):
         self.now += 1
         outputs = super().answer()
         (stats,) = (of.scheduler_stats for of in outputs.values() if of.scheduler_stats)
+        self.collect(stats)
+        return outputs
+
+    def collect(self, stats):
+        self.read_again += stats.prefix_cache_stats.preempted_hits
         for name, value in carrier.counts_of(stats).items():
             if name in GAUGES:
                 self.gauges[name] = value
             else:
                 self.counted[name] += value
         self.check_gauges()
-        return outputs
 
     def check_gauges(self):
         """They say what the pool says."""
@@ -113,13 +117,15 @@ def test_counts_are_those_of_the_requests(configs, asynchronous):
     steps = Watched(configs["routed"], asynchronous=asynchronous)
     steps.add(
         text("t", 70, max_tokens=3),
-        image("long", 130, length=40, max_tokens=6),
+        asking(image("long", 130, length=40, max_tokens=6), history="rerank"),
         asking(image("own", 30, max_tokens=20), keep=[1.0, 0.5]),
         asking(image("dense", 30, max_tokens=20), schedule="none"),
         image("aborted", 40),
     )
     while not steps.scheduler.requests["aborted"].num_output_tokens:
         steps.run()
+    # While a step is under way whose token nobody will see: it is no part of the footprint.
+    steps.schedule()
     steps.scheduler.finish_requests("aborted", RequestStatus.FINISHED_ABORTED)
     steps.finish()
     schedule = RoutingSchedule.of(configs["routed"])
@@ -162,7 +168,34 @@ def test_a_preempted_request_counts_once(configs):
     assert b.num_preemptions
     assert steps.counted[REQUESTS.series("custom", "server")] == 2
     assert steps.counted[SEEN.series("1")] == 32
-    assert PREFIX_CACHE.series("all_stages") not in steps.counted
+
+
+def test_a_prompt_preempted_in_the_middle_is_not_under_way(configs):
+    """Nor does it count, as in vLLM's own figure, what it then finds of itself in the cache."""
+    steps = Watched(configs["routed"])
+    steps.add(text("t", 60, max_tokens=100), image("i", 100, max_tokens=4))
+    steps.run()
+    steps.run()
+    assert steps.gauges[IN_CHUNKS.series()] == 1
+    i = steps.scheduler.requests["i"]
+    steps.scheduler.running.remove(i)
+    steps.scheduler._preempt_request(i, 0.0)
+    steps.now += 1
+    steps.collect(steps.scheduler.make_stats())
+    assert steps.gauges[IN_CHUNKS.series()] == 0
+    steps.finish()
+    assert steps.read_again
+    assert not any(name.startswith(PREFIX_CACHE.name) for name in steps.counted)
+
+
+def test_a_request_given_up_before_its_decisions_counts_nothing(configs):
+    steps = Watched(configs["routed"])
+    steps.add(image("i", 100))
+    steps.run()
+    steps.scheduler.finish_requests("i", RequestStatus.FINISHED_ABORTED)
+    steps.add(text("t", 10, max_tokens=1))
+    steps.finish()
+    assert not steps.counted and not any(steps.gauges.values())
 
 
 def test_cached_tokens_are_told_apart_and_add_up_to_vllms_own_count(configs):

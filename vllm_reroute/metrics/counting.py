@@ -48,7 +48,7 @@ class LiveRequests(Protocol):
 
 
 class RoutingCounts:
-    """Counts for `/metrics`. A step of requests that only decode costs one look at the clock.
+    """Counts for `/metrics`. In a step of requests that only decode, none of them is looked at.
 
     live: the scheduler's requests. block_bytes: bytes of one block, which holds `block_size` tokens
     of one layer. parked_blocks: blocks in which states are parked now. clock: seconds.
@@ -79,8 +79,7 @@ class RoutingCounts:
         if not num_tokens or request.num_preemptions:
             return
         routing = self.live.of(request)
-        whole = routing is None or routing.keeps_turns
-        everywhere = num_tokens if whole else min(num_tokens, routing.text_prefix)
+        everywhere = num_tokens if routing is None else routing.turns.allowed(num_tokens)
         self._counted[PREFIX_CACHE.series(ALL_STAGES)] += everywhere
         self._counted[PREFIX_CACHE.series(FIRST_STAGE)] += num_tokens - everywhere
 
@@ -132,8 +131,9 @@ class RoutingCounts:
     def _decide(self, request: Request, routing: RequestRouting) -> None:
         options = RequestOptions.of(getattr(request.sampling_params, "extra_args", None))
         dense = options is not None and options.schedule == NO_SCHEDULE
+        own = options is not None and any((options.tier, options.budget, options.keep, dense))
         schedule = NO_SCHEDULE if dense else self.live.schedule.name
-        self._counted[REQUESTS.series(schedule, SERVER if options is None else REQUEST)] += 1
+        self._counted[REQUESTS.series(schedule, REQUEST if own else SERVER)] += 1
         num_visual = routing.spans.num_visual
         for stage, kept in enumerate(routing.kept):
             self._counted[SEEN.series(str(stage))] += num_visual
