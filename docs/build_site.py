@@ -5,6 +5,7 @@ Pages keep their places relative to each other, so links are the same here and i
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -19,16 +20,17 @@ SITE = ROOT / ".local" / "site"
 PACKAGE = "vllm_reroute"
 
 FIRST = (
-    "guide", "operations", "how-it-works", "methods", "results", "extending", "compatibility",
+    "guide", "chats", "operations", "how-it-works", "methods", "results", "extending", "compatibility",
 )  # fmt: skip
 """The order of docs/; further pages follow by name."""
 PROJECT = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "patches/README.md")
 FOLDERS = ("docs", "benchmarks", "examples", "patches")
-SHOWN = (".md", ".svg", ".png", ".csv", ".toml")
+SHOWN = (".md", ".svg", ".png", ".csv", ".json", ".toml")
 
 
 def main() -> int:
     """Returns 1 where a link leads nowhere, or a docstring refers to what is not there."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     shutil.rmtree(SOURCE, ignore_errors=True)
     pages = [Path("README.md"), *(Path(name) for name in PROJECT if "/" not in name)]
     for folder in FOLDERS:
