@@ -41,10 +41,15 @@ def main() -> int:
         shutil.copyfile(ROOT / page, SOURCE / page)
     names = sorted(page.stem for page in pages if page.match("docs/*.md"))
     names = [*FIRST, *(name for name in names if name not in FIRST)]
+    figures = [
+        {str(page.relative_to("benchmarks").with_suffix("")): str(page)}
+        for page in sorted(pages)
+        if page.parts[0] == "benchmarks" and page.suffix == ".md"
+    ]
     nav = [
         {"vllm_reroute": "README.md"},
         {"Documents": [f"docs/{name}.md" for name in names]},
-        {"Figures": [str(page) for page in sorted(pages) if page.match("benchmarks/**/*.md")]},
+        {"Figures": figures},
         {"Project": list(PROJECT)},
         {"Reference": [{room: _reference(room)} for room in _rooms()]},
     ]
