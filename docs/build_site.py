@@ -5,6 +5,7 @@ Pages keep their places relative to each other, so links are the same here and i
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -19,16 +20,17 @@ SITE = ROOT / ".local" / "site"
 PACKAGE = "vllm_reroute"
 
 FIRST = (
-    "guide", "operations", "how-it-works", "methods", "results", "extending", "compatibility",
+    "guide", "chats", "operations", "how-it-works", "methods", "results", "extending", "compatibility",
 )  # fmt: skip
 """The order of docs/; further pages follow by name."""
 PROJECT = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "patches/README.md")
 FOLDERS = ("docs", "benchmarks", "examples", "patches")
-SHOWN = (".md", ".svg", ".png", ".csv", ".toml")
+SHOWN = (".md", ".svg", ".png", ".csv", ".json", ".toml")
 
 
 def main() -> int:
     """Returns 1 where a link leads nowhere, or a docstring refers to what is not there."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     shutil.rmtree(SOURCE, ignore_errors=True)
     pages = [Path("README.md"), *(Path(name) for name in PROJECT if "/" not in name)]
     for folder in FOLDERS:
@@ -39,10 +41,15 @@ def main() -> int:
         shutil.copyfile(ROOT / page, SOURCE / page)
     names = sorted(page.stem for page in pages if page.match("docs/*.md"))
     names = [*FIRST, *(name for name in names if name not in FIRST)]
+    figures = [
+        {str(page.relative_to("benchmarks").with_suffix("")): str(page)}
+        for page in sorted(pages)
+        if page.parts[0] == "benchmarks" and page.suffix == ".md"
+    ]
     nav = [
         {"vllm_reroute": "README.md"},
         {"Documents": [f"docs/{name}.md" for name in names]},
-        {"Figures": [str(page) for page in sorted(pages) if page.match("benchmarks/**/*.md")]},
+        {"Figures": figures},
         {"Project": list(PROJECT)},
         {"Reference": [{room: _reference(room)} for room in _rooms()]},
     ]

@@ -22,6 +22,8 @@ WHO = "mine-{} 1.5"
 @pytest.fixture
 def install(tmp_path, monkeypatch):
     """Puts a distribution on the path; returns a registry that has not looked yet."""
+    for known in KINDS.values():
+        list(known)  # The package's own look once, before anything is on the path.
     monkeypatch.syspath_prepend(tmp_path)
 
     def put(kind, entries, code="", who="mine"):
