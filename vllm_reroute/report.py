@@ -93,7 +93,11 @@ def budget_lines(footprint: RequestFootprint) -> list[str]:
     asks[f"reroute_schedule {NO_SCHEDULE}"] = RequestOptions(schedule=NO_SCHEDULE)
     costs = []
     for name, options in asks.items():
-        chosen = replace(schedule, keep=options.keep_ratios(schedule))
+        try:
+            chosen = replace(schedule, keep=options.keep_ratios(schedule))
+        except ValueError:
+            # A tier that these decision layers cannot meet: a request for it is told so.
+            continue
         costs.append(
             f"{replace(footprint, schedule=chosen).routed_bytes / MIB:.3f} MiB with {name}"
         )

@@ -75,7 +75,7 @@ def test_prompt_longer_than_a_step_equals_the_oracle(client: openai.OpenAI, mode
     ("case", "cure"),
     [
         ({"text": "What is this?", "image": b"these bytes are no image"}, "image"),
-        ({"text": "And these?", "photos": (0,) * 12}, "--max-model-len"),
+        ({"text": "And these?", "photos": (0,) * 12}, "maximum context length"),
         ({"text": "Score the prompt.", "photos": (0,), "prompt_logprobs": 1}, "prompt_logprobs"),
     ],
     ids=["broken-image", "longer-than-the-model", "prompt-logprobs"],

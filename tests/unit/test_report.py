@@ -5,6 +5,7 @@ import re
 import pytest
 
 from vllm_reroute.kv_cache.engine_report import engine_report
+from vllm_reroute.report import budget_lines
 from vllm_reroute.schedule import CONFIG_KEY, RerouteOptions, RoutingSchedule
 from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
 
@@ -59,3 +60,12 @@ def test_the_report_agrees_with_the_pool(config, action, block_size):
     assert numbers == pytest.approx([size / 2**20 for size in held], abs=5e-4)
     assert f"custom, action {action}" in shown and "2, 5 of 8" in shown and "0.5, 0.25" in shown
     assert f"{schedule.average(VISUAL):.1f} per layer on average, of {VISUAL}" in shown
+
+
+def test_a_tier_that_cannot_be_met_is_left_out(monkeypatch):
+    """Such as 128 with decisions as late as a schedule of another distribution may have them."""
+    monkeypatch.setattr("vllm_reroute.report.TIERS", (192, 1))
+    own = footprint(RerouteOptions(schedule="pdrop").resolve(DEPTH), 16)
+    (line,) = budget_lines(own)
+    assert "with reroute_tier 192" in line and "with reroute_schedule none" in line
+    assert "reroute_tier 1," not in line
