@@ -48,7 +48,7 @@ gpu: $(READY) ## on a machine with a GPU: is it right and how fast, in one repor
 test: $(READY) ## run the tests (ARGS="-k name" for some of them; VLLM=0.33 for a preview with that vLLM's Python)
 	@$(OFFLINE) OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 	  $(if $(VLLM),PYTHONPATH="$$($(BIN)/python -m versions.overlay $(VLLM))") \
-	  $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
+	  $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 serve: $(READY) ## serve the demo's model, for example ARGS="--reroute-schedule pdrop --port 8000"
 	@$(OFFLINE) $(BIN)/vllm serve benchmarks/grounding/model --max-model-len 2048 $(ARGS)

@@ -54,19 +54,19 @@ def test_prefills_join_running_decodes(
 
 
 def test_preempted_requests_repeat_their_decisions(
-    host: EngineHost, models: Any, oracles: OracleAnswers
+    v1: EngineHost, models: Any, oracles: OracleAnswers
 ) -> None:
     """A pool too small for all: requests are preempted, resumed, and answer the same."""
     long = tuple(replace(ask, max_tokens=96) for ask in MANY)
     # K and V of 32 tokens, 2 heads of 32 values, fp32: a block of one layer.
     block_bytes = 32 * 2 * 2 * 32 * 4
-    host.engine(
+    v1.engine(
         **engine_args(
             models["grouped"], OPTIONS, kv_cache_memory_bytes=260 * block_bytes, max_model_len=480
         )
     )
-    before = host.call(free_blocks)
-    seen = host.call(stepwise, long, every=1)
+    before = v1.call(free_blocks)
+    seen = v1.call(stepwise, long, every=1)
     assert seen["preempted"] >= 2
     check_against_oracle(oracles, long, seen)
     assert seen["free"] == before

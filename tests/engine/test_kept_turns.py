@@ -18,6 +18,7 @@ from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
 from tests.engine.probes import free_blocks, generate, stepwise
 from tests.engine.requests import LONG_TEXT, TEXT_ONLY, Answer, Ask
+from tests.engine.runners import on_runners
 from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
 
 BLOCK = 32
@@ -141,8 +142,10 @@ def reset(llm: Any) -> None:
     assert llm.reset_prefix_cache()
 
 
-@pytest.mark.parametrize(
-    ("options", "step"), [(REROUTE, 48), (REMOVE, 600)], ids=["reroute in chunks", "remove"]
+@on_runners(
+    "options, step",
+    {"reroute-in-chunks": [REROUTE, 48], "remove": [REMOVE, 600]},
+    v2=["reroute-in-chunks"],
 )
 def test_a_conversation_is_the_same_cold_and_turn_by_turn(
     host: EngineHost, models: Any, oracles: OracleAnswers, options: dict[str, Any], step: int
@@ -176,16 +179,14 @@ def test_a_conversation_is_the_same_cold_and_turn_by_turn(
 
 
 def test_a_small_pool_evicts_and_preempts(
-    host: EngineHost, models: Any, oracles: OracleAnswers
+    v1: EngineHost, models: Any, oracles: OracleAnswers
 ) -> None:
     """Parts of what turns have kept are gone, running requests lose theirs: answers stay."""
     folder = models["grouped"]
     schedule = schedule_of(REROUTE, folder)
     block_bytes = BLOCK * 2 * 2 * 32 * 4
-    host.engine(
-        **small(models, REROUTE, kv_cache_memory_bytes=200 * block_bytes, max_model_len=480)
-    )
-    before = host.call(free_blocks)
+    v1.engine(**small(models, REROUTE, kv_cache_memory_bytes=200 * block_bytes, max_model_len=480))
+    before = v1.call(free_blocks)
     asks: list[Any] = []
     for said in (" A cup.", " Two dogs, I think.", " A cup of hot coffee with a silver spoon."):
         for turns in (ONE_PICTURE, PICTURES_LATER[1:]):
@@ -195,7 +196,7 @@ def test_a_small_pool_evicts_and_preempts(
                 own.ids += own.tokenizer(said, add_special_tokens=False)["input_ids"]
     asks += [replace(LONG_TEXT, max_tokens=64), replace(TEXT_ONLY, max_tokens=64)]
     for every in (1, 3):
-        seen = host.call(stepwise, asks, every=every)
+        seen = v1.call(stepwise, asks, every=every)
         assert seen["preempted"] >= 2 and any(seen["cached"])
         for ask, tokens, prompt in zip(asks, seen["tokens"], seen["prompts"], strict=True):
             assert tokens == oracles.result("grouped", schedule, ask, prompt).token_ids

@@ -27,10 +27,10 @@ def image_token(llm: Any) -> int:
     return llm.llm_engine.model_config.hf_config.image_token_index
 
 
-def test_kept_tokens_are_those_of_chance(host: EngineHost, models: Any) -> None:
-    host.engine(**engine_args(models["grouped"], OPTIONS))
-    together, alone = host.call(generate, MIXED), host.call(generate_one_by_one, MIXED)
-    token = host.call(image_token)
+def test_kept_tokens_are_those_of_chance(v1: EngineHost, models: Any) -> None:
+    v1.engine(**engine_args(models["grouped"], OPTIONS))
+    together, alone = v1.call(generate, MIXED), v1.call(generate_one_by_one, MIXED)
+    token = v1.call(image_token)
     for ask, one, other in zip(MIXED, together, alone, strict=True):
         assert one.token_ids == other.token_ids
         assert one.selected == other.selected

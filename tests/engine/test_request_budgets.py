@@ -90,13 +90,13 @@ def test_every_request_of_a_batch_has_its_own_budget(
 
 
 def test_preempted_requests_keep_their_budgets(
-    host: EngineHost, models: Any, oracles: OracleAnswers
+    v1: EngineHost, models: Any, oracles: OracleAnswers
 ) -> None:
     asks = asks_of("reroute", max_tokens=64)
     block_bytes = 32 * 2 * 2 * 32 * 4
     pool = {"kv_cache_memory_bytes": 230 * block_bytes, "max_model_len": 480}
-    host.engine(**engine_args(models["grouped"], REROUTE, **pool))
-    seen = host.call(stepwise, asks, every=1)
+    v1.engine(**engine_args(models["grouped"], REROUTE, **pool))
+    seen = v1.call(stepwise, asks, every=1)
     assert seen["preempted"] >= 1
     for ask, tokens, prompt in zip(asks, seen["tokens"], seen["prompts"], strict=True):
         expected = oracles.result("grouped", schedule_of(REROUTE, ask), ask, prompt)

@@ -39,14 +39,14 @@ def model_class(llm: Any) -> str:
     return llm.llm_engine.model_config.architecture
 
 
-def test_keeping_everything_equals_stock_vllm(host: EngineHost, models: Any) -> None:
+def test_keeping_everything_equals_stock_vllm(v1: EngineHost, models: Any) -> None:
     """The machinery alone: ratios of 1 keep every token, and answers stay the dense ones."""
-    host.engine(**engine_args(models["grouped"], None, block_size=32))
-    stock = host.call(generate, MIXED)
-    host.engine(
+    v1.engine(**engine_args(models["grouped"], None, block_size=32))
+    stock = v1.call(generate, MIXED)
+    v1.engine(
         **engine_args(models["grouped"], {"layers": [2, 5], "keep": [1.0, 1.0]}, block_size=32)
     )
-    for ask, one, other in zip(MIXED, stock, host.call(generate, MIXED), strict=True):
+    for ask, one, other in zip(MIXED, stock, v1.call(generate, MIXED), strict=True):
         assert one.token_ids == other.token_ids
         if ask.images:
             assert other.selected == [list(range(64 * len(ask.images)))] * 2

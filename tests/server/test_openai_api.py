@@ -171,13 +171,12 @@ def test_startup_log_states_the_schedule(server: LocalServer, client: openai.Ope
     ("flags", "message"),
     [
         (["--reroute-schedule", "nosuch"], "invalid choice: 'nosuch' (choose from "),
-        (["--reroute-tier", "64"], "--reroute-tier 64 needs a schedule"),
         (
             ["--reroute-schedule", "pdrop", "--pipeline-parallel-size", "2"],
             "--pipeline-parallel-size 2 cannot be",
         ),
     ],
-    ids=["unknown-schedule", "tier-alone", "pipeline-parallel"],
+    ids=["unknown-schedule", "pipeline-parallel"],
 )
 def test_bad_option_stops_the_server_at_start(model: Path, flags: list[str], message: str) -> None:
     server = LocalServer("test-refused", model, flags, start_limit_s=120)

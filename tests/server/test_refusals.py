@@ -16,7 +16,9 @@ from benchmarks.local_server import ENVIRONMENT, LocalServer, vllm_command
 from tests.server.chat import check_concurrent_answers
 from tests.server.refusals import (
     CHAT,
+    REFUSED,
     SERVER_WORDS,
+    SOME,
     cases,
     chat,
     check_refusals,
@@ -33,25 +35,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+# Every refusal where one process takes requests, some of each kind where there are several.
 PROCESSES = {
-    "one": [],
-    "two-api-servers": ["--api-server-count", "2"],
-    "data-parallel-two": ["--data-parallel-size", "2"],
-    "tensor-parallel-two": ["--tensor-parallel-size", "2"],
+    "two-api-servers": (["--api-server-count", "2"], SOME),
+    "data-parallel-two": (["--data-parallel-size", "2"], SOME),
+    "tensor-parallel-two": (["--tensor-parallel-size", "2"], tuple(REFUSED)),
 }
 
 
-@pytest.mark.parametrize("words", PROCESSES.values(), ids=PROCESSES)
-def test_refused_alike_and_answered_right(model: Path, words: list[str]) -> None:
+@pytest.mark.parametrize(("words", "names"), PROCESSES.values(), ids=PROCESSES)
+def test_refused_alike_and_answered_right(
+    model: Path, words: list[str], names: tuple[str, ...]
+) -> None:
     """Whatever processes there are, spawned ones too."""
     words = [*SERVER_WORDS, "--trust-request-chat-template", *words]
     with LocalServer("test-refusals", model, words, start_limit_s=400) as server:
         # Of two ranks each is asked; of two API servers, whichever accepts a connection.
         if "--data-parallel-size" in words:
             for rank in ("0", "1"):
-                check_refusals(server.url, **{"X-data-parallel-rank": rank})
+                check_refusals(server.url, names, **{"X-data-parallel-rank": rank})
         else:
-            check_refusals(server.url)
+            check_refusals(server.url, names)
         check_refusals_at_once(server.url)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
         check_concurrent_answers(client, model, TINY.text_layers)
