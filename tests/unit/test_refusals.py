@@ -53,6 +53,7 @@ BAD_VALUES = {
     "enable_dbo": (True, "True"),
     "ubatch_size": (2, "2"),
     "disable_hybrid_kv_cache_manager": (True, "True"),
+    "disable_chunked_mm_input": (True, "True"),
     "kv_sharing_fast_prefill": (True, "True"),
     "enable_lora": (True, "True"),
     "enable_prompt_embeds": (True, "True"),
