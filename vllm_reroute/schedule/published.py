@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from vllm_reroute.registry import Registry
 from vllm_reroute.schedule.plugin_checks import problem_of_schedule, problem_of_scorer
 from vllm_reroute.schedule.shapes import Shape, flat, geometric, halving, seventh
-
-if TYPE_CHECKING:
-    from vllm_reroute.routing.scorers import Scorer
 
 Action = Literal["reroute", "remove"]
 
@@ -32,7 +29,7 @@ VARIANTS: tuple[Variant, ...] = ("A", "B")
 """What `nuwa` with `reroute` does with tokens the vision encoder rejects: gone (A), or deferred
 like any other (B)."""
 
-SCORERS: Registry[type[Scorer]] = Registry(
+SCORERS: Registry[Any] = Registry(
     kind="scorer",
     group="vllm_reroute.scorers",
     built_in={
@@ -43,7 +40,8 @@ SCORERS: Registry[type[Scorer]] = Registry(
     problem=problem_of_scorer,
 )
 """How visual tokens are ranked: by the last prompt token's attention, by its sum over this and all
-earlier decisions, or at random, the baseline any ranking has to beat; and what is installed."""
+earlier decisions, or at random, the baseline any ranking has to beat; and what is installed. Name ->
+subclass of `routing.scorers.Scorer`, which this room does not import."""
 
 History = Literal["rerank", "keep"]
 
