@@ -24,9 +24,8 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
 
     Raises VLLMValidationError, which the API server answers with HTTP 400.
     """
-    schedule = RoutingSchedule.of(vllm_config)
     extra_args = getattr(request.sampling_params, "extra_args", None)
-    check_options(extra_args, schedule)
+    schedule = check_options(extra_args, RoutingSchedule.of(vllm_config))
     features = request.mm_features or ()
     spans = VisualSpans.of(features)
     if spans is None:
@@ -35,7 +34,7 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     if schedule.encoder_ratio is not None:
         check_images_only({feature.modality for feature in features})
     check_text_follows(spans.end, num_prompt)
-    check_turns(spans, request.prompt_token_ids or (), extra_args, schedule)
+    check_turns(spans, request.prompt_token_ids or (), schedule)
     if request.resumable:
         raise VLLMValidationError(
             "Streamed input with images is not available under visual-token routing: a decision "
@@ -46,12 +45,16 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     check_asked(request.sampling_params)
 
 
-def check_options(extra_args: Mapping[str, Any] | None, schedule: RoutingSchedule) -> None:
-    """Refuse reroute options that this engine cannot honour. extra_args: of a request."""
+def check_options(
+    extra_args: Mapping[str, Any] | None, schedule: RoutingSchedule
+) -> RoutingSchedule:
+    """The engine's schedule as a request has it; refuse options that cannot be honoured.
+
+    extra_args: the request's.
+    """
     try:
         options = RequestOptions.of(extra_args)
-        if options is not None:
-            options.applied(schedule)
+        return schedule if options is None else options.applied(schedule)
     except ValueError as error:
         given = [name for name in extra_args or () if name.startswith(KEY)]
         raise VLLMValidationError(
@@ -111,14 +114,13 @@ def check_text_follows(end: int, num_prompt: int) -> None:
 
 
 def check_turns(
-    spans: VisualSpans | None,
-    prompt: Sequence[int],
-    extra_args: Mapping[str, Any] | None,
-    schedule: RoutingSchedule,
+    spans: VisualSpans | None, prompt: Sequence[int], schedule: RoutingSchedule
 ) -> None:
-    """Refuse a request that keeps its turns, but does not end the one with its last picture."""
-    options = RequestOptions.of(extra_args)
-    if spans is None or ((options and options.history) or schedule.history) != "keep":
+    """Refuse a request that keeps its turns, but does not end the one with its last picture.
+
+    schedule: as the request has it.
+    """
+    if spans is None or schedule.history != "keep":
         return
     try:
         cut_at_markers(spans, prompt, schedule.marker)

@@ -39,14 +39,14 @@ async def _preprocess_chat(
             has_images,
         )
 
-        extra_args, schedule = getattr(request, "vllm_xargs", None), RoutingSchedule.of(vllm_config)
-        check_options(extra_args, schedule)
+        extra_args = getattr(request, "vllm_xargs", None)
+        schedule = check_options(extra_args, RoutingSchedule.of(vllm_config))
         for one in engine_inputs:
             places = one.get("mm_placeholders", {})
             if has_images(places):
                 check_asked(request)
                 spans = VisualSpans.of_ranges(places)
-                check_turns(spans, one["prompt_token_ids"], extra_args, schedule)
+                check_turns(spans, one["prompt_token_ids"], schedule)
     return conversation, engine_inputs
 
 

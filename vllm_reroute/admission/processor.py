@@ -12,7 +12,7 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 from vllm_reroute.admission.checks import check_images_only, check_text_follows
 from vllm_reroute.admission.front_end import FRONT_END
 from vllm_reroute.admission.sent_pictures import SendingCache, SentPictures
-from vllm_reroute.plan.visual_spans import VISUAL_MODALITIES
+from vllm_reroute.plan.visual_spans import VisualSpans
 
 
 class DummyInputs(ProcessorInputs):
@@ -41,17 +41,12 @@ def _admitting(stock: type[BaseMultiModalProcessor], images_only: bool) -> type:
             if sent is not None:
                 inputs = replace(inputs, cache=SendingCache(inputs.cache, sent))
             made = super().apply(inputs, timing_ctx)
-            check_text_follows(_visual_end(made), len(made["prompt_token_ids"]))
+            spans = VisualSpans.of_ranges(made["mm_placeholders"])
+            if spans is not None:
+                check_text_follows(spans.end, len(made["prompt_token_ids"]))
             return made
 
     return RoutedProcessor
-
-
-def _visual_end(made: MultiModalInput) -> int:
-    """One past the prompt position of the last visual token."""
-    places = [made["mm_placeholders"].get(modality, ()) for modality in VISUAL_MODALITIES]
-    ranges = [place.extract_embeds_range() for of_one in places for place in of_one]
-    return max((last + 1 for spans in ranges for _, last in spans), default=0)
 
 
 @dataclass(frozen=True)
