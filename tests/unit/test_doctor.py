@@ -38,7 +38,7 @@ def test_what_does_not_fit_is_named_with_a_cure(capsys, monkeypatch, case):
         named = "The schedule 'mine' of"
     else:
         gone = seams.Seam("vllm.v1.core.block_pool", "BlockPool.no_such_part", ("self",))
-        monkeypatch.setattr("vllm_reroute.command_line.doctor.SEAMS", (gone,))
+        monkeypatch.setattr(seams, "SEAMS", (gone,))
         named = "BlockPool.no_such_part is gone"
     assert main(["doctor"]) == 2
     said = capsys.readouterr().err

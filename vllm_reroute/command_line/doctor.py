@@ -12,7 +12,7 @@ from typing import Any
 from vllm_reroute import __version__
 from vllm_reroute.registry import Registry
 from vllm_reroute.schedule.published import SCHEDULES, SCORERS
-from vllm_reroute.vllm_seams.seams import SEAMS, TESTED_VERSIONS
+from vllm_reroute.vllm_seams.seams import SEAMS, TESTED_VERSIONS, is_tested, seam_problems
 
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "reroute"
 # vLLM's builds are distributions of different names.
@@ -79,12 +79,12 @@ def _vllm_problems() -> Iterator[str]:
     except ImportError as error:
         yield f"vLLM cannot be imported: {error}. pip install 'vllm=={TESTED_VERSIONS[0]}.*'."
         return
-    if not vllm.__version__.startswith(tuple(f"{series}." for series in TESTED_VERSIONS)):
+    if not is_tested(vllm.__version__):
         yield (
             f"vLLM {vllm.__version__} is not tested. Tested: {'.* and '.join(TESTED_VERSIONS)}.*: "
             f"pip install 'vllm=={TESTED_VERSIONS[0]}.*'."
         )
-    yield from (problem for seam in SEAMS if (problem := seam.problem()))
+    yield from seam_problems()
 
 
 def _device() -> str:

@@ -121,12 +121,22 @@ SEAMS = (
 )
 
 
+def is_tested(version: str) -> bool:
+    """Whether a vLLM of that version is of a tested series."""
+    return version.startswith(tuple(f"{series}." for series in TESTED_VERSIONS))
+
+
+def seam_problems() -> list[str]:
+    """What of vLLM's private parts differs from the tested versions."""
+    return [problem for seam in SEAMS if (problem := seam.problem())]
+
+
 def check_vllm() -> None:
     """Raises RuntimeError unless this vLLM is a tested version with the expected private parts."""
     import vllm
 
-    problems = [problem for seam in SEAMS if (problem := seam.problem())]
-    if not vllm.__version__.startswith(tuple(f"{series}." for series in TESTED_VERSIONS)):
+    problems = seam_problems()
+    if not is_tested(vllm.__version__):
         problems.insert(0, f"the version is {vllm.__version__}")
     if problems:
         raise RuntimeError(
