@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
+from vllm_reroute.attention.step_tables import write_lengths
 from vllm_reroute.plan.step_plan import StepPlan
 from vllm_reroute.to_device import to_device
 
@@ -182,12 +183,8 @@ class KernelFill:
 
     def _planned(self, plan: StepPlan, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Lengths and starts of all stages, from the plan, in one copy."""
-        stages, planned = len(plan.stages), plan.num_reqs
-        host = np.zeros((stages, 2 * num_reqs + 1), dtype=np.int32)
-        host[:, :planned] = plan.seq_lens
-        starts = host[:, num_reqs:]
-        np.cumsum(plan.query_lens, axis=1, out=starts[:, 1 : planned + 1])
-        starts[:, planned + 1 :] = starts[:, planned : planned + 1]
+        host = np.zeros((len(plan.stages), 2 * num_reqs + 1), dtype=np.int32)
+        write_lengths(plan, host[:, :num_reqs], host[:, num_reqs:])
         packed = to_device(host, self._tables.device)
         return packed[:, :num_reqs], packed[:, num_reqs:]
 

@@ -49,6 +49,17 @@ class RunnerLengths:
     query_start_loc: torch.Tensor
 
 
+def write_lengths(plan: StepPlan, seq_lens: np.ndarray, starts: np.ndarray) -> None:
+    """All stages' lengths [stages, reqs] and query starts [stages, reqs + 1], into arrays of zeros.
+
+    Rows beyond the plan's requests are padding: length 0, starting where the last one ends.
+    """
+    planned = plan.num_reqs
+    seq_lens[:, :planned] = plan.seq_lens
+    np.cumsum(plan.query_lens, axis=1, out=starts[:, 1 : planned + 1])
+    starts[:, planned + 1 :] = starts[:, planned : planned + 1]
+
+
 class StepTables:
     """Device tensors of all stages, allocated once and written in place every step.
 
@@ -160,7 +171,7 @@ class StepTables:
                 plan, interleaved, num_reqs=num_reqs, num_tokens=num_tokens, lengths=lengths
             )
             return
-        planned, stages = plan.num_reqs, len(self.num_layers)
+        stages = len(self.num_layers)
         running = [lengths.num_tokens for lengths in plan.stages]
         # A stage of more rows runs in pieces, which bring slots of their own.
         whole = [n if n <= self.max_tokens else 0 for n in running]
@@ -171,9 +182,7 @@ class StepTables:
         seq_lens, starts, entries, offsets = (
             part.reshape(stages, -1) for part in np.split(host, np.cumsum(sizes)[:-1])
         )
-        seq_lens[:, :planned] = plan.seq_lens
-        np.cumsum(plan.query_lens, axis=1, out=starts[:, 1 : planned + 1])
-        starts[:, planned + 1 :] = starts[:, planned : planned + 1]
+        write_lengths(plan, seq_lens, starts)
         self._fill_places(plan, whole, entries, offsets)
 
         packed = to_device(host, self.device)
