@@ -5,8 +5,9 @@ import random
 import numpy as np
 import pytest
 
+from vllm_reroute.plan.batch_routing import BatchRouting
 from vllm_reroute.plan.request_routing import RequestRouting
-from vllm_reroute.plan.step_plan import BatchRouting, ImagePrefill, StageLengths, plan_step
+from vllm_reroute.plan.step_plan import ImagePrefill, StageLengths, plan_step
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
 

@@ -1,0 +1,90 @@
+"""The lasting facts of a batch's requests as arrays, so that a step is planned without a loop over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_reroute.plan.request_routing import RequestRouting
+
+
+@dataclass(frozen=True)
+class BatchTurns:
+    """All turns of a batch as arrays.
+
+    request, begin, end: [turns] int64. deferred: [stages, turns] int64.
+    """
+
+    request: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+    deferred: np.ndarray
+
+    @classmethod
+    def of(cls, routings: Sequence[RequestRouting | None], num_stages: int) -> BatchTurns:
+        turns = [
+            (i, turn.begin, turn.end, *map(turn.deferred, range(num_stages)))
+            for i, routing in enumerate(routings)
+            if routing is not None
+            for turn in routing.turns.turns
+        ]
+        table = np.array(turns, dtype=np.int64).reshape(len(turns), 3 + num_stages).T
+        return cls(table[0], table[1], table[2], table[3:])
+
+
+@dataclass(frozen=True)
+class BatchRouting:
+    """The lasting facts of a batch's requests as arrays; text requests have a prompt of 0 tokens.
+
+    num_prompt, text_prefix: [requests] int64. settled: [requests] int64, end of the last turn: from
+    there on all that is not deferred runs everywhere. deferred: [stages, requests] int64, by then.
+    reuses_parked: bool [requests], whose parked states others may find.
+    """
+
+    routings: tuple[RequestRouting | None, ...]
+    num_prompt: np.ndarray
+    text_prefix: np.ndarray
+    settled: np.ndarray
+    deferred: np.ndarray
+    reuses_parked: np.ndarray
+    turns: BatchTurns
+
+    @classmethod
+    def of(cls, routings: Sequence[RequestRouting | None], num_stages: int) -> BatchRouting:
+        num_prompt, text_prefix, settled = np.zeros((3, len(routings)), dtype=np.int64)
+        deferred = np.zeros((num_stages, len(routings)), dtype=np.int64)
+        reuses_parked = np.zeros(len(routings), dtype=bool)
+        for i, routing in enumerate(routings):
+            if routing is not None:
+                num_prompt[i] = routing.num_prompt
+                text_prefix[i] = routing.text_prefix
+                settled[i] = routing.turns.turns[-1].end
+                deferred[:, i] = routing.deferred
+                reuses_parked[i] = not routing.keeps_turns
+        return cls(
+            tuple(routings),
+            num_prompt,
+            text_prefix,
+            settled,
+            deferred,
+            reuses_parked,
+            BatchTurns.of(routings, num_stages),
+        )
+
+    def later_stages(self, num_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What stages after the first decision have run once `num_tokens` [requests] tokens have run.
+
+        Positions [requests] they have come to, and the visual tokens [stages, requests] before them
+        that were deferred.
+        """
+        if (num_tokens >= self.settled).all():
+            return num_tokens, self.deferred
+        turns = self.turns
+        run = num_tokens[turns.request]
+        inside, over = (turns.begin < run) & (run < turns.end), turns.end <= run
+        reached, deferred = num_tokens.copy(), np.zeros_like(self.deferred)
+        reached[turns.request[inside]] = turns.begin[inside]
+        np.add.at(deferred.T, turns.request[over], turns.deferred[:, over].T)
+        return reached, deferred
