@@ -1,10 +1,11 @@
 """Engines of one wave: what each is built with, and how they take turns."""
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import count, repeat
 from typing import Any
 
 from benchmarks.bench import device
@@ -149,6 +150,12 @@ def engine_wave(
             spec.name: spec.about(model) | {"samples": samples[spec.name]} for spec in specs
         },
     }
+
+
+def seeded(ask: Callable[[Worker, int], dict]) -> Callable[[Worker], dict]:
+    """For `engine_wave`: with the round's number, the same for all engines of a round."""
+    rounds: dict[str, Iterator[int]] = defaultdict(count)
+    return lambda worker: ask(worker, next(rounds[worker.name]))
 
 
 def chunked(

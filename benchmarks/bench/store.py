@@ -14,6 +14,7 @@ from benchmarks.quality.provenance import REPOSITORY
 SOURCES = (
     "vllm_reroute",
     "benchmarks/bench/client.py",
+    "benchmarks/bench/conversations.py",
     "benchmarks/bench/device.py",
     "benchmarks/bench/driving.py",
     "benchmarks/bench/engines.py",

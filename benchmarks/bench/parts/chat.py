@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import accumulate, count
+from itertools import accumulate
 from pathlib import Path
 
 from benchmarks.bench import plot, targets
 from benchmarks.bench.conversations import Traffic, converse, together
 from benchmarks.bench.device import BLOCK_SIZE
-from benchmarks.bench.engines import STOCK, EngineSpec, column, started, take_turns
+from benchmarks.bench.engines import STOCK, EngineSpec, column, engine_wave, seeded
 from benchmarks.bench.progress import Progress
-from benchmarks.bench.settings import BenchModel, Settings
+from benchmarks.bench.settings import Settings
 from benchmarks.bench.spread import Spread, paired, shown
 
 TITLE = "Conversations"
@@ -70,54 +70,21 @@ def _measure_alone(settings: Settings, traffic: Traffic, progress: Progress) -> 
     pictures = -(-traffic.turns // traffic.picture_every) if traffic.picture_every else 1
     room = pictures * model.visual + traffic.system + 900
     specs = _specs(limit_mm_per_prompt={"image": pictures})
-    return _turns(
-        settings,
-        model,
-        specs,
-        room,
-        2,
-        progress,
-        lambda worker, n: worker.call(converse, traffic, n),
-    )
+    ask = seeded(lambda worker, number: worker.call(converse, traffic, number))
+    wave = engine_wave(settings, model, specs, ask, progress, room=room, requests=2)
+    for name, about in wave["engines"].items():
+        # A block of stock's pool holds all layers, one of a routed pool one layer.
+        layers = model.depth if name == STOCK else 1
+        about["block_bytes"] = layers * model.kv_bytes * BLOCK_SIZE
+    return wave
 
 
 def _measure_many(settings: Settings, conversations: int, progress: Progress) -> dict:
     model = settings.narrow()
     specs = _specs(max_num_seqs=max(8, conversations))
-    return _turns(
-        settings, model, specs, model.visual + 400, conversations, progress,
-        lambda worker, n: worker.call(together, MANY, conversations, n),
-    )  # fmt: skip
-
-
-def _turns(
-    settings: Settings,
-    model: BenchModel,
-    specs: list[EngineSpec],
-    room: int,
-    requests: int,
-    progress: Progress,
-    ask: Callable[..., dict],
-) -> dict:
-    """Every engine in every round, with the same pictures and words in a round."""
-    rounds = {name: count() for name in CONFIGURATIONS}
-    with started(settings, model, specs, room, requests, progress) as workers:
-        samples = take_turns(
-            list(workers),
-            lambda name: ask(workers[name], next(rounds[name])),
-            settings.rounds,
-            progress,
-        )
-    block = model.kv_bytes * BLOCK_SIZE
-    return {
-        "engines": {
-            spec.name: spec.about(model)
-            # A block of stock's pool holds all layers, one of a routed pool one layer.
-            | {"block_bytes": block * (model.depth if spec.options is None else 1)}
-            | {"samples": samples[spec.name]}
-            for spec in specs
-        }
-    }
+    ask = seeded(lambda worker, number: worker.call(together, MANY, conversations, number))
+    room = model.visual + 400
+    return engine_wave(settings, model, specs, ask, progress, room=room, requests=conversations)
 
 
 def summarise(measured: Mapping[str, dict]) -> dict:

@@ -1,11 +1,10 @@
 """What routing costs the host: a model so thin that Python and small tensors are what a step takes."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
 from benchmarks.bench import targets
-from benchmarks.bench.engines import STOCK, EngineSpec, chunked
+from benchmarks.bench.engines import STOCK
 from benchmarks.bench.parts import machinery
 from benchmarks.bench.progress import Progress
 from benchmarks.bench.settings import Settings
@@ -19,17 +18,8 @@ scheduling, metadata, plans and decisions add to a step. On a GPU the host is wh
 
 def waves(settings: Settings, progress: Progress) -> dict[str, Callable[[], dict]]:
     model = settings.thin()
-    specs = [
-        EngineSpec(
-            name=f"keep all but one, {groups} groups",
-            options=machinery.keep_nearly_all(groups, model.depth, model.visual),
-        )
-        for groups in settings.sizes.groups
-    ]
-    found = {}
-    for number, wave in enumerate(chunked([EngineSpec(name=STOCK)], specs, settings.at_once)):
-        found[f"groups-{number + 1}"] = partial(machinery.measure, settings, model, wave, progress)
-    return found
+    specs = machinery.saving_nothing(settings, model)
+    return machinery.waves_of(settings, model, specs, progress)
 
 
 def summarise(measured: Mapping[str, dict]) -> dict:

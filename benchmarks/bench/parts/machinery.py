@@ -31,18 +31,36 @@ four of them."""
 
 def waves(settings: Settings, progress: Progress) -> dict[str, Callable[[], dict]]:
     model = settings.wide()
-    specs = [EngineSpec(name=KEEP_ALL, options={"layers": [1], "keep": [1.0]})]
-    specs += [
+    return waves_of(
+        settings,
+        model,
+        [
+            EngineSpec(name=KEEP_ALL, options={"layers": [1], "keep": [1.0]}),
+            *saving_nothing(settings, model),
+            EngineSpec(name=SAVES, options={"schedule": "pdrop", "tier": 192}),
+        ],
+        progress,
+    )
+
+
+def saving_nothing(settings: Settings, model: BenchModel) -> list[EngineSpec]:
+    """Engines with more and more stages that defer one visual token each."""
+    return [
         EngineSpec(
             name=f"keep all but one, {groups} groups",
             options=keep_nearly_all(groups, model.depth, model.visual),
         )
         for groups in settings.sizes.groups
     ]
-    specs.append(EngineSpec(name=SAVES, options={"schedule": "pdrop", "tier": 192}))
+
+
+def waves_of(
+    settings: Settings, model: BenchModel, specs: list[EngineSpec], progress: Progress
+) -> dict[str, Callable[[], dict]]:
+    """Those engines beside stock, in as few waves as fit."""
     found = {}
     for number, wave in enumerate(chunked([EngineSpec(name=STOCK)], specs, settings.at_once)):
-        found[f"groups-{number + 1}"] = partial(measure, settings, model, wave, progress)
+        found[f"groups-{number + 1}"] = partial(_measure, settings, model, wave, progress)
     return found
 
 
@@ -57,7 +75,7 @@ def keep_nearly_all(groups: int, depth: int, num_visual: int) -> dict:
     return {"layers": layers, "keep": keep}
 
 
-def measure(
+def _measure(
     settings: Settings, model: BenchModel, specs: list[EngineSpec], progress: Progress
 ) -> dict:
     """An image request and a batch of text requests, by every engine in turn."""

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.bench import targets
 from benchmarks.bench.conversations import TRAFFIC, Traffic, beside_long_prompt, converse
-from benchmarks.bench.engines import STOCK, EngineSpec, column, started, take_turns
+from benchmarks.bench.engines import STOCK, EngineSpec, column, engine_wave, seeded
 from benchmarks.bench.progress import Progress
 from benchmarks.bench.settings import Settings
 from benchmarks.bench.spread import Spread, paired, shown
@@ -51,53 +50,28 @@ def _specs(**changes: object) -> list[EngineSpec]:
 def _measure(settings: Settings, traffic: Traffic, progress: Progress) -> dict:
     model = settings.reuse()
     room = min(model.max_positions, model.visual + 1500)
-    turns = {name: count() for name in CONFIGURATIONS}
-    specs = _specs()
-    with started(settings, model, specs, room, 3, progress) as workers:
-        samples = take_turns(
-            list(workers),
-            # The same pictures and words for all engines of a round.
-            lambda name: workers[name].call(converse, traffic, next(turns[name])),
-            settings.rounds,
-            progress,
-        )
-    return {
-        "visual": model.visual,
-        "engines": {
-            spec.name: spec.about(model) | {"samples": samples[spec.name]} for spec in specs
-        },
-    }
+    ask = seeded(lambda worker, number: worker.call(converse, traffic, number))
+    return engine_wave(settings, model, _specs(), ask, progress, room=room, requests=3)
 
 
 def _measure_long(settings: Settings, progress: Progress) -> dict:
     model, images = settings.reuse(), settings.sizes.long_images
-    room = images * model.visual + 512
-    turns = {name: count() for name in CONFIGURATIONS}
     specs = _specs(
         max_num_batched_tokens=STEP_TOKENS,
         limit_mm_per_prompt={"image": images},
     )
-    with started(settings, model, specs, room, 2, progress) as workers:
-        samples = take_turns(
-            list(workers),
-            lambda name: workers[name].call(beside_long_prompt, images, OTHERS, next(turns[name])),
-            settings.rounds,
-            progress,
-        )
-    for of_engine in samples.values():
-        for sample in of_engine:
+    ask = seeded(lambda worker, number: worker.call(beside_long_prompt, images, OTHERS, number))
+    room = images * model.visual + 512
+    wave = engine_wave(settings, model, specs, ask, progress, room=room, requests=2)
+    for about in wave["engines"].values():
+        for sample in about["samples"]:
             steps = sample.pop("steps_s")
             sample |= {
                 "p50_s": float(np.quantile(steps, 0.5)),
                 "p99_s": float(np.quantile(steps, 0.99)),
             }
             sample["steps"] = len(steps)
-    return {
-        "visual": images * model.visual,
-        "engines": {
-            spec.name: spec.about(model) | {"samples": samples[spec.name]} for spec in specs
-        },
-    }
+    return wave | {"visual": images * model.visual}
 
 
 def summarise(measured: Mapping[str, dict]) -> dict:
