@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.engine.family_requests import FamilyAsk, processor
+from tests.engine.host import EngineHost
+from tests.engine.probes import generate, generate_one_by_one
 from tests.engine.requests import Answer, Ask
 from tests.oracle import NuwaOracle, OracleResult, RoutedOracle
 from vllm_reroute.schedule import RoutingSchedule
@@ -85,6 +88,16 @@ class OracleAnswers:
             assert answer.selected == result.selected
         self._check_oracle_lengths(schedule, ask, answer, result)
         return result
+
+    def check_together_and_cached(
+        self, host: EngineHost, model: str, schedule: RoutingSchedule, asks: Sequence[Any]
+    ) -> None:
+        """All at once; then one by one, each finding its own prompt of before in the cache."""
+        for ask, answer in zip(asks, host.call(generate, asks), strict=True):
+            self.check(model, schedule, ask, answer)
+        for ask, answer in zip(asks, host.call(generate_one_by_one, asks), strict=True):
+            self.check(model, schedule, ask, answer)
+            assert answer.num_cached >= 32 or len(answer.prompt_token_ids) <= 64
 
     def _check_oracle_lengths(
         self, schedule: RoutingSchedule, ask: Ask | FamilyAsk, answer: Answer, result: OracleResult

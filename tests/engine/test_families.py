@@ -13,7 +13,7 @@ from tests.engine.conftest import engine_args
 from tests.engine.family_requests import FamilyAsk, processor
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
-from tests.engine.probes import generate, generate_one_by_one, kv_lens, stepwise
+from tests.engine.probes import generate, kv_lens, stepwise
 from tests.engine.runners import on_runners
 from vllm_reroute.schedule import RerouteOptions
 
@@ -101,11 +101,7 @@ def test_family_in_chunks_and_from_the_cache_agrees_with_oracle(
     steps = {"max_num_batched_tokens": 96, "max_num_seqs": 16, "enable_prefix_caching": True}
     host.engine(**family_engine(folders[family], REROUTE, **steps))
     asks = requests(family, folders[family])
-    for ask, answer in zip(asks, host.call(generate, asks), strict=True):
-        oracles.check(family, schedule, ask, answer)
-    for ask, answer in zip(asks, host.call(generate_one_by_one, asks), strict=True):
-        oracles.check(family, schedule, ask, answer)
-        assert answer.num_cached >= 32 or len(answer.prompt_token_ids) <= 64
+    oracles.check_together_and_cached(host, family, schedule, asks)
 
 
 def test_compiled_deepstack_agrees_with_oracle(
