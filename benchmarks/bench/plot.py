@@ -6,11 +6,15 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-COLOURS = {"fastv": "#1f77b4", "pdrop": "#d62728", "nuwa": "#2ca02c", "stock": "black"} | {
+COLOURS = {
+    "fastv": "#1f77b4",
+    "pdrop": "#d62728",
+    "nuwa": "#2ca02c",
+    "stock": "black",
+    # Tiers, where there is one method.
     "192,": "#1f77b4",
     "64,": "#d62728",
 }
-OTHER_COLOUR = "#9467bd"
 
 
 def lines(
@@ -53,8 +57,9 @@ def lines(
 def _style(label: str) -> dict:
     words = label.split()
     dashed = "remove" in words or "rerank" in words
-    return {
-        "color": COLOURS.get(words[0], OTHER_COLOUR),
+    # Lines of no known kind take turns in matplotlib's own colours.
+    known = {"color": COLOURS[words[0]]} if words[0] in COLOURS else {}
+    return known | {
         "linestyle": "--" if dashed else "-",
         "marker": "s" if dashed else "o",
     }

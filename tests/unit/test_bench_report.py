@@ -1,6 +1,7 @@
 """From made-up measurements of every part to rows, targets, Markdown and plots."""
 
 import json
+import re
 
 import pytest
 
@@ -148,6 +149,13 @@ def test_machinery_targets():
     }
     # Eleven decisions cost prefill by design; its bound is for published numbers of them.
     assert not any("prefill" in what and "12" in what for what in met)
+
+
+def test_lines_of_a_plot_are_told_apart(tmp_path):
+    found = machinery.summarise({"groups-1": machinery_wave()})
+    (path,) = machinery.draw(found, tmp_path)
+    strokes = set(re.findall(r"stroke: (#\w{6}); stroke-width: 1.2", path.read_text()))
+    assert len(strokes) == 3
 
 
 def test_host_has_bounds_of_its_own():
