@@ -159,10 +159,11 @@ def test_a_conversation_is_the_same_cold_and_turn_by_turn(
     said = []
     for turns in (ONE_PICTURE, PICTURES_LATER):
         own = talk(host, oracles, schedule, Talk(folder, turns))
-        for (_, answer), (_, earlier) in zip(own[1:], own, strict=False):
-            known = len(earlier.prompt_token_ids) + len(earlier.token_ids)
-            if known > 2 * BLOCK:
-                assert known - 2 * BLOCK < answer.num_cached <= known
+        for (_, answer), (asked, earlier) in zip(own[1:], own, strict=False):
+            # The last token of an answer has not run.
+            known = len(earlier.prompt_token_ids) + len(earlier.token_ids) - 1
+            # A conversation without a picture yet is cached as stock vLLM does it, in whole blocks.
+            assert answer.num_cached == (known if asked.images else known // BLOCK * BLOCK)
         said += own
     # Another question about the same picture finds none of what the first one has kept.
     other = talk(

@@ -117,6 +117,8 @@ class Engine:
             self.parked.release(request.request_id)
 
     def finish(self, request):
+        if self.schedule.marker:
+            self.kept.ended(request)
         self.manager.free(request)
         del self.requests[request.request_id]
 

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from vllm_reroute.kv_cache.request_ends import RequestEnds
+
 from .kv_engine import PAGES, SCHEDULE, Engine, Picture, Text, ask
 
 MARKER = Text("marker", 2)
@@ -13,7 +15,8 @@ WHICH, WHERE = (Text("which", 20), MARKER), (Text("where", 20), MARKER)
 SHORT, LONG = Text("short", 3), Text("long answer", 40)
 FIRST = (SYSTEM, CAT, *WHICH)  # 102 tokens, its picture at [40, 80)
 
-# What came before -> the prompt that is looked up, and its tokens that are found.
+# What came before -> the prompt that is looked up, and its tokens that are found while that runs,
+# and where they differ, once it has ended: then the block that it has begun is offered too.
 TABLE = {
     "nothing": ([], FIRST, 0),
     # Never a part of a turn: the text before the picture.
@@ -24,8 +27,28 @@ TABLE = {
         [FIRST, (*FIRST, SHORT, *WHERE)],
         (*FIRST, SHORT, *WHERE, SHORT, *WHICH),
         102 + 10,
+        102 + 3 + 22,
     ),
-    "a long answer": ([(*FIRST, LONG)], (*FIRST, LONG, *WHERE), 128),
+    "a long answer": ([(*FIRST, LONG)], (*FIRST, LONG, *WHERE), 128, 142),
+    "an answer cut short": ([(*FIRST, LONG)], (*FIRST, Text("long answer", 35), *WHERE), 126),
+    "another answer": ([(*FIRST, SHORT, *WHERE)], (*FIRST, Text("brief", 3), *WHERE), 102),
+    "two that ended behind the same block": (
+        [(*FIRST, SHORT), (*FIRST, Text("short", 7)), (*FIRST, Text("shore", 5))],
+        (*FIRST, Text("short", 7), *WHERE),
+        102,
+        109,
+    ),
+    "a picture right behind an answer": (
+        [(*FIRST, LONG)],
+        (*FIRST, LONG, DOG, *WHERE),
+        128,
+        142,
+    ),
+    "a picture where another answer ended": (
+        [(*FIRST, SHORT)],
+        (*FIRST, DOG, *WHERE),
+        102,
+    ),
     "a new picture": (
         [(*FIRST, SHORT, DOG, *WHERE)],
         (*FIRST, SHORT, DOG, *WHERE, SHORT, *WHICH),
@@ -49,7 +72,7 @@ TABLE = {
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("name", TABLE)
 def test_hits(name, finished):
-    before, prompt, hit = TABLE[name]
+    before, prompt, *hits = TABLE[name]
     engine = Engine(KEEPS)
     for number, parts in enumerate(before):
         request = ask(f"before {number}", *parts)
@@ -57,7 +80,19 @@ def test_hits(name, finished):
         if finished:
             engine.finish(request)
     salt = {"cache_salt": "mine"} if name == "a salt" else {}
-    assert engine.hit(ask("now", *prompt, **salt)) == hit
+    assert engine.hit(ask("now", *prompt, **salt)) == hits[-1 if finished else 0]
+
+
+def test_an_end_is_remembered_for_as_many_blocks_as_there_are():
+    ends = RequestEnds(16, most=2)
+    one, two, three = (ask(name, Text(name, 40)) for name in ("one", "two", "three"))
+    for request in (one, two, three):
+        ends.add(request, 35)
+        ends.add(request, 38)
+    assert [*ends.between(one, 0, 40)] == []
+    assert [*ends.between(two, 0, 40)] == [*ends.between(three, 0, 40)] == [38, 35]
+    assert [*ends.between(three, 35, 40)] == [*ends.between(three, 36, 39)] == [38]
+    assert [*ends.between(three, 0, 37)] == [35]
 
 
 def test_a_block_in_which_a_hit_ends_is_copied():

@@ -11,9 +11,11 @@ from vllm.v1.request import Request
 
 from vllm_reroute.kv_cache.interleaving import LayerBlocks
 from vllm_reroute.kv_cache.live_routing import LiveRouting
+from vllm_reroute.kv_cache.request_ends import RequestEnds
 from vllm_reroute.kv_cache.stage_manager import StageManager
 from vllm_reroute.kv_cache.turn_keys import TurnKeys
 from vllm_reroute.plan.request_routing import RequestRouting
+from vllm_reroute.plan.turns import Turns
 
 
 class KeptTurns:
@@ -21,8 +23,9 @@ class KeptTurns:
 
     K/V of a finished turn depends on earlier tokens only, in all stages, so all of it can be used
     again. Stages hold different numbers of entries for the same tokens, so a hit ends inside a block
-    in most of them; `StageManager` copies that block. Where a turn ends, the block that a stage has
-    begun is offered as it is by then, so that a short answer does not cost the picture.
+    in most of them; `StageManager` copies that block. Where a turn with pictures ends, and where a
+    request ends, the block that a stage has begun is offered as it is by then, so that a short answer
+    does not cost the picture and the next turn finds all of this one.
 
     What a step writes is offered once the step has been planned: a copy that a step needs is made
     before the step runs.
@@ -33,6 +36,7 @@ class KeptTurns:
         managers = manager.coordinator.single_type_managers
         self._num_groups = len(managers)
         self._stages = [m for m in managers if isinstance(m, StageManager)]
+        self._ends = RequestEnds(live.block_size, most=manager.block_pool.num_gpu_blocks)
         self._keys: WeakKeyDictionary[Request, TurnKeys] = WeakKeyDictionary()
         self._next: dict[str, float] = {}
         """Token count at which a request has more to offer; infinite for those that keep nothing."""
@@ -52,12 +56,11 @@ class KeptTurns:
         hit = turns.allowed(hit)
         chosen = self._up_to(hit, keys, found)
         assert chosen is not None
-        for turn in reversed(turns.turns):
-            if hit < turn.end <= most:
-                at_end = self._up_to(turn.end, keys, found)
-                if at_end is not None:
-                    hit, chosen = turn.end, at_end
-                    break
+        for end in self._ends_behind(hit, most, request, turns):
+            at_end = self._up_to(end, keys, found)
+            if at_end is not None:
+                hit, chosen = end, at_end
+                break
         groups: list[list[Any]] = [[] for _ in range(self._num_groups)]
         for manager, blocks in zip(self._stages, chosen, strict=True):
             groups[manager.kv_cache_group_id] = blocks
@@ -82,9 +85,26 @@ class KeptTurns:
                 self._offer_part(turn.end, keys)
         self._next[request.request_id] = self._next_offer(keys, num_tokens)
 
+    def ended(self, request: Request) -> None:
+        """Offer all that a request has, as it is about to be freed."""
+        num_tokens = min(request.num_computed_tokens, request.num_tokens)
+        routing = self.live.of(request)
+        if routing is None or not routing.keeps_turns or num_tokens == 0:
+            return
+        if routing.turns.allowed(num_tokens) == num_tokens:
+            self._offer_part(num_tokens, self._keys_of(request, routing))
+            self._ends.add(request, num_tokens)
+
     def forget(self, request: Request) -> None:
         """Its blocks are gone: it has been preempted, or is done."""
         self._next.pop(request.request_id, None)
+
+    def _ends_behind(self, hit: int, most: int, request: Request, turns: Turns) -> list[int]:
+        """Token counts behind a hit at which part-filled blocks may have been offered, largest first."""
+        of_requests = self._ends.between(request, hit, most)
+        of_turns = (turn.end for turn in turns.turns if hit < turn.end <= most)
+        ends = {*of_turns, *(end for end in of_requests if turns.allowed(end) == end)}
+        return sorted(ends, reverse=True)
 
     def _keys_of(self, request: Request, routing: RequestRouting) -> TurnKeys:
         if request not in self._keys:

@@ -153,10 +153,12 @@ class RoutedSchedulerMixin:
         With priorities vLLM preempts requests that it has just planned into the step, and leaves
         their blocks in the prefix cache as if they had run.
         """
+        if request.is_finished():
+            if self.live.schedule.marker and self.live.offers_parked:
+                self.kept_turns.ended(request)
+            self.counts.finished(request)
         self.decode_blocks.forget(request)
         self.kept_turns.forget(request)
-        if request.is_finished():
-            self.counts.finished(request)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         for manager in managers:
             manager.withdraw(request)
