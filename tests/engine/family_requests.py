@@ -17,7 +17,8 @@ from tests.oracle.family_requests import FRAMES_PER_SECOND, image, video
 
 @dataclass(frozen=True)
 class FamilyAsk:
-    """One user message. parts: ("image", n), ("video", n) or ("text", words), in order.
+    """A conversation. parts: ("image", n), ("video", n) or ("text", words), in order; ("answer", words)
+    ends a user message that is not the last.
 
     Requests of one test have different prompt lengths, which is how their decisions are told
     apart in the engine's records.
@@ -35,16 +36,22 @@ class FamilyAsk:
     @property
     def visual(self) -> bool:
         """Whether anything of it is routed."""
-        return any(kind != "text" for kind, _ in self.parts)
+        return any(kind in ("image", "video") for kind, _ in self.parts)
 
     def text(self) -> str:
-        """The message in the checkpoint's chat template."""
-        content = [
-            {"type": kind, "text": value} if kind == "text" else {"type": kind}
-            for kind, value in self.parts
-        ]
-        message = {"role": "user", "content": content}
-        return processor(self.folder).apply_chat_template([message], add_generation_prompt=True)
+        """The conversation in the checkpoint's chat template."""
+        messages: list[dict[str, Any]] = [{"role": "user", "content": []}]
+        for kind, value in self.parts:
+            if kind == "answer":
+                said = [{"type": "text", "text": value}]
+                messages += [
+                    {"role": "assistant", "content": said},
+                    {"role": "user", "content": []},
+                ]
+            else:
+                part = {"type": kind, "text": value} if kind == "text" else {"type": kind}
+                messages[-1]["content"].append(part)
+        return processor(self.folder).apply_chat_template(messages, add_generation_prompt=True)
 
     def prompt(self) -> dict[str, Any]:
         """As `LLM.generate` takes it."""

@@ -78,15 +78,27 @@ class OracleAnswers:
         tolerance: float = LOGPROB_TOLERANCE,
     ) -> OracleResult:
         """Tokens, log-probabilities, decisions and the oracle's own K/V lengths."""
+        result = self.check_tokens(model, schedule, ask, answer, tolerance)
+        if ask.visual:
+            assert answer.selected == result.selected
+        self._check_oracle_lengths(schedule, ask, answer, result)
+        return result
+
+    def check_tokens(
+        self,
+        model: str,
+        schedule: RoutingSchedule,
+        ask: Ask | FamilyAsk,
+        answer: Answer,
+        tolerance: float = LOGPROB_TOLERANCE,
+    ) -> OracleResult:
+        """Tokens and log-probabilities."""
         result = self.result(model, schedule, ask, answer.prompt_token_ids)
         assert answer.token_ids == result.token_ids
         for step, logprobs in enumerate(answer.logprobs):
             for token, logprob in logprobs.items():
                 expected = result.logprobs[step, token].item()
                 assert abs(logprob - expected) < tolerance, (step, token, logprob, expected)
-        if ask.visual:
-            assert answer.selected == result.selected
-        self._check_oracle_lengths(schedule, ask, answer, result)
         return result
 
     def check_together_and_cached(

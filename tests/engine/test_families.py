@@ -20,6 +20,14 @@ from vllm_reroute.schedule import RerouteOptions
 DEPTH = 8
 WITH_VIDEO = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision")
 FAMILIES = (*WITH_VIDEO, "llava-next")
+# How a prompt asks the assistant to speak. Llava-OneVision's template writes a space behind the word once it has.
+MARKERS = {
+    "qwen2-vl": "<|im_start|>assistant\n",
+    "qwen2.5-vl": "<|im_start|>assistant\n",
+    "qwen3-vl": "<|im_start|>assistant\n",
+    "llava-onevision": "<|im_start|>assistant",
+    "llava-next": " [/INST]",
+}
 EVERY = {family: [family] for family in FAMILIES}
 # Ratios fall and rise again. Qwen3-VL's deepstack is in at layer 2, where the published one starts.
 REROUTE = {"layers": [3, 4, 6], "keep": [0.5, 0.2, 0.35]}
@@ -92,16 +100,46 @@ def test_removing_family_agrees_with_oracle(
         assert lens == oracles.result(family, schedule, ask, prompt).kv_lens
 
 
+def conversation(family: str, folder: Path) -> list[FamilyAsk]:
+    """Three turns, each with all before it; the second brings another picture. They keep their choice."""
+    other = "video" if family in WITH_VIDEO else "image"
+    parts = (
+        ("image", 0),
+        ("text", "What is shown in this image?"),
+        ("answer", "A cup."),
+        ("text", "And in this one?"),
+        (other, 1),
+        ("answer", "Boats on the lake."),
+        ("text", "Which of both is older?"),
+    )
+    own = {"extra_args": {"reroute": {"history": "keep"}}}
+    return [FamilyAsk(folder, parts[:end], max_tokens=12, options=own) for end in (2, 5, 7)]
+
+
 @on_runners("family", EVERY, v2=["qwen2.5-vl", "qwen3-vl"])
 def test_family_in_chunks_and_from_the_cache_agrees_with_oracle(
     host: EngineHost, folders: dict[str, Path], oracles: OracleAnswers, family: str
 ) -> None:
-    """Steps of 96 tokens, together; then one by one, each finding its own prompt of before."""
-    schedule = RerouteOptions.from_mapping(REROUTE).resolve(DEPTH)
+    """Steps of 96 tokens, together; then one by one, each finding its own prompt of before. Then a
+    conversation that keeps its choice, turn by turn and all turns at once."""
+    folder = folders[family]
+    marker = MARKERS[family]
+    options = {**REROUTE, "turn_marker": marker}
+    schedule = RerouteOptions.from_mapping(options).resolve(DEPTH)
     steps = {"max_num_batched_tokens": 96, "max_num_seqs": 16, "enable_prefix_caching": True}
-    host.engine(**family_engine(folders[family], REROUTE, **steps))
-    asks = requests(family, folders[family])
-    oracles.check_together_and_cached(host, family, schedule, asks)
+    host.engine(**family_engine(folder, options, **steps))
+    oracles.check_together_and_cached(host, family, schedule, requests(family, folder))
+
+    ids = processor(folder).tokenizer(marker, add_special_tokens=False)["input_ids"]
+    keeps = replace(schedule, history="keep", marker=tuple(ids))
+    talk, cached = conversation(family, folder), []
+    for ask in talk:
+        (answer,) = host.call(generate, [ask])
+        oracles.check_tokens(family, keeps, ask, answer)
+        cached.append(answer.num_cached)
+    assert cached[0] < 50 < cached[1] < cached[2]
+    for ask, answer in zip(talk, host.call(generate, talk), strict=True):
+        oracles.check_tokens(family, keeps, ask, answer)
 
 
 def test_compiled_deepstack_agrees_with_oracle(
