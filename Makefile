@@ -25,7 +25,11 @@ GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # Nothing here talks to a model hub, and nothing reports usage.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
-.PHONY: help setup demo quality bench gpu test serve dist docs lint
+# Which tests; all of them where it is empty.
+TIER ?=
+TIERS := unit engine server gpu
+
+.PHONY: help setup demo quality bench gpu test coverage mutants serve dist docs lint
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -45,10 +49,18 @@ bench: $(READY) ## measure routed engines against stock vLLM, about 40 minutes (
 gpu: $(READY) ## on a machine with a GPU: is it right and how fast, in one report (ARGS="--trial" for a trial on CPU)
 	@$(OFFLINE) $(BIN)/python -m benchmarks.gpu $(ARGS)
 
-test: $(READY) ## run the tests (ARGS="-k name" for some of them; VLLM=0.33 for a preview with that vLLM's Python)
+test: $(READY) ## run the tests (TIER=unit, engine, server or gpu; ARGS="-k name"; VLLM=0.33 for a preview with that vLLM)
+	$(if $(filter-out $(TIERS),$(TIER)),$(error TIER=$(TIER) is unknown. Choose one of: $(TIERS)))
 	@$(OFFLINE) OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 	  $(if $(VLLM),PYTHONPATH="$$($(BIN)/python -m versions.overlay $(VLLM))") \
-	  $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder $(ARGS)
+	  $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder \
+	  $(if $(TIER),-m $(TIER)) $(ARGS)
+
+coverage: ## run the tests (TIER=unit for the quick ones), show which lines of the package they ran
+	@$(MAKE) --no-print-directory test ARGS="--cov --cov-report=term:skip-covered $(ARGS)"
+
+mutants: $(READY) ## spoil the package in small ways: each must make a test fail (ARGS="--only NAME" or "--list")
+	@$(OFFLINE) OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m tests.mutants $(ARGS)
 
 serve: $(READY) ## serve the demo's model, for example ARGS="--reroute-schedule pdrop --port 8000"
 	@$(OFFLINE) $(BIN)/vllm serve benchmarks/grounding/model --max-model-len 2048 $(ARGS)

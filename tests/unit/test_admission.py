@@ -1,5 +1,6 @@
 """Which requests a routed engine turns away, before they can wait or fail inside it."""
 
+import asyncio
 import gc
 import pickle
 import subprocess
@@ -16,6 +17,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from vllm_reroute.admission.checks import check_asked, check_request
+from vllm_reroute.admission.engine_core import ENGINE_CORE
+from vllm_reroute.admission.front_end import BEAM_SEARCH, INPUT_PROCESSOR, ONLINE_RENDERER
 from vllm_reroute.admission.sent_pictures import SendingCache, SentPictures
 from vllm_reroute.schedule import RoutingSchedule
 
@@ -89,6 +92,43 @@ def test_refused_for_the_client_to_see(refused, words, vllm_config):
         check_request(refused, vllm_config)
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
     assert error.value.parameter is not None
+
+
+async def rendered_chat(*_):
+    """What vLLM's renderer makes of a chat with a picture."""
+    places = {"image": [IMAGE.mm_position]}
+    return [], [{"mm_placeholders": places, "prompt_token_ids": list(range(30))}]
+
+
+WAYS_IN = {
+    "front end": lambda own: INPUT_PROCESSOR.wrapper(
+        lambda *_: request(30, [IMAGE], prompt_logprobs=0), own
+    ),
+    "chat": lambda own: asyncio.run(
+        ONLINE_RENDERER.wrapper(rendered_chat, own, SimpleNamespace(prompt_logprobs=0), [])
+    ),
+    "offline beam search": lambda own: BEAM_SEARCH.wrapper(
+        lambda *_: None, own, [{"prompt": "?", "multi_modal_data": {"image": 1}}], None
+    ),
+    "engine core": lambda own: ENGINE_CORE.wrapper(
+        lambda *_: None, own, request(30, [IMAGE], prompt_logprobs=0)
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_every_way_in_is_checked(way, vllm_config, engine_config):
+    """And none of an engine that does not route."""
+
+    def of(config):
+        """The front end's or the core's own object, as far as the checks look at it."""
+        renderer = SimpleNamespace(config=config, mm_processor_cache=None)
+        engine = SimpleNamespace(vllm_config=config)
+        return SimpleNamespace(vllm_config=config, renderer=renderer, llm_engine=engine)
+
+    with pytest.raises(VLLMValidationError, match="is not available for prompts with images"):
+        WAYS_IN[way](of(vllm_config))
+    WAYS_IN[way](of(engine_config()))
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,10 @@
 import importlib
 
 import pytest
+import torch
 from transformers import CLIPVisionConfig, LlavaConfig, PixtralVisionConfig, Qwen3VLConfig
 from vllm import ModelRegistry
+from vllm.sequence import IntermediateTensors
 
 from vllm_reroute.families.deepstack import first_decision_layer
 from vllm_reroute.families.table import FAMILIES, family_of, routed_name
@@ -12,7 +14,8 @@ from vllm_reroute.families.visual_tokens import fixed_visual_tokens, visual_toke
 from vllm_reroute.models.architecture import RoutedArchitecture
 from vllm_reroute.models.rerouted import Rerouted
 from vllm_reroute.plugin import register
-from vllm_reroute.schedule import RerouteOptions
+from vllm_reroute.routing.stage import build_stage
+from vllm_reroute.schedule import RerouteOptions, Stage
 from vllm_reroute.schedule.published import ACTIONS, TIERS
 
 # Decision layers published for Qwen2.5-VL-7B, see the Reroute paper's code.
@@ -95,6 +98,16 @@ def test_own_layers_below_deepstack_are_refused():
     for part in ("--reroute-layers 2,8", "layers 0 to 2", "Start at 3 or later"):
         assert part in str(refused.value)
     assert RerouteOptions(layers=(3, 8), keep=(0.5, 0.25)).resolve(28, 3).layers == (3, 8)
+
+
+def test_features_are_added_after_the_first_layers(engine_config):
+    """One set after each, in order, and none after the others."""
+    layers = [lambda positions, hidden, residual: (hidden * 2, residual)] * 4
+    config = engine_config(enforce_eager=True)
+    stage = build_stage(layers, Stage(first_layer=0, end_layer=4, keep_ratio=1.0), config)
+    sets = {name: torch.full((1, 1), value) for name, value in (("first", 10.0), ("then", 300.0))}
+    hidden, _ = stage(torch.zeros(1), torch.ones(1, 1), None, IntermediateTensors(sets))
+    assert hidden.item() == ((1 * 2 + 10) * 2 + 300) * 2 * 2
 
 
 def llava(**changes):

@@ -20,9 +20,8 @@ def processor():
     return make_processor()
 
 
-@pytest.mark.parametrize("word", WORDS)
-def test_words_are_one_token(word):
-    assert len(encode(" " + word)) == 1
+def test_words_are_one_token():
+    assert [word for word in WORDS if len(encode(f" {word}")) != 1] == []
 
 
 @pytest.mark.parametrize("text", ["Ünï 漢字 foo-bar  baz\n!", "Why b33?  ", "<b>§ 12,5 €</b>"])

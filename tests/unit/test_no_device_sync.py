@@ -132,7 +132,8 @@ class Decoder:
         plan = plan_of(batch, self.schedule, BLOCK)
         tables = Tables(batch, self.schedule, max_blocks=MAX_BLOCKS, block_size=BLOCK)
         count = plan.num_tokens
-        self.tables.fill(plan, tables.interleaved, num_reqs=len(batch), num_tokens=count)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            self.tables.fill(plan, tables.interleaved, num_reqs=len(batch), num_tokens=count)
         metadata: dict[str, Any] = {}
         for number, stage in enumerate(self.schedule.stages):
             pieces = tuple(

@@ -106,6 +106,12 @@ def test_refused(engine_args, option, bad, shown):
     assert refusal.cure in message
 
 
+def test_a_routed_engine_has_its_arguments_checked(engine_config):
+    with pytest.raises(ValueError, match="--enable-prompt-embeds True cannot be combined"):
+        engine_config(additional_config=ROUTED, enable_prompt_embeds=True)
+    assert engine_config(enable_prompt_embeds=True).model_config.enable_prompt_embeds
+
+
 def test_messages_name_flags_that_exist():
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     flags = {option for action in parser._actions for option in action.option_strings}

@@ -154,6 +154,25 @@ def test_pieces_begin_with_text_that_others_read(model, monkeypatch):
     check(run.step({1: 1})[1][0], expect[1])
 
 
+def test_scores_of_all_decisions_add_up(model, monkeypatch):
+    """Where the scorer accumulates; elsewhere each decision has its own."""
+    found, choices = [], []
+    for scorer in model.decoder._scorers.values():
+
+        def watched(*args, score=scorer.score):
+            found.append(score(*args))
+            return found[-1]
+
+        monkeypatch.setattr(scorer, "score", watched)
+    monkeypatch.setattr(model.decoder, "observer", choices.append)
+    Conversations(model, [conversation(model, ONE, seed=2)]).step({0: NUM_PROMPT})
+    assert len(found) == len(choices) == len(model.schedule.layers)
+    for number, choice in enumerate(choices):
+        adds = model.schedule.scorer == "accumulated"
+        expect = sum(found[: number + 1]) if adds else found[number]
+        torch.testing.assert_close(choice.scores, expect)
+
+
 def test_a_dummy_run_leaves_the_pages_alone(model):
     run = Conversations(model, [conversation(model, ONE, 7), conversation(model, None, 8)])
     run.step({0: NUM_PROMPT, 1: NUM_PROMPT})

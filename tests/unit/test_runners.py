@@ -11,6 +11,7 @@ import pytest
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
@@ -336,6 +337,19 @@ def test_a_run_without_metadata_takes_room_for_the_tables(model, monkeypatch):
         group.create_metadata_builders(model.config, CPU)
     assert tables._set_aside is None
     model.builders[:] = [group.get_metadata_builder() for (group,) in model.attn_groups]
+
+
+def test_a_request_s_own_budget_is_planned(model, run, state):
+    """By both runners."""
+    asked = SamplingParams(extra_args={"reroute": {"keep": [1.0, 0.5]}})
+    own = replace(new_request("image", [feature(40, 20)]), sampling_params=asked)
+    state.add_request(0, own)
+    plan = plan_in(prepare(model, run, state, v2_batch(["image"], [0], [NUM_PROMPT])))
+    assert plan.seq_lens.tolist() == [[NUM_PROMPT], [NUM_PROMPT], [NUM_PROMPT - 10]]
+    batch = Batch(model, run, [0, 3])
+    batch.states["image"].sampling_params = asked
+    with batch.planned({"text": 1, "image": NUM_PROMPT}):
+        assert model.builders[0].step.plan.seq_lens[:, 0].tolist() == plan.seq_lens[:, 0].tolist()
 
 
 def test_v2_dummy_runs_route_nothing(model, run, state):

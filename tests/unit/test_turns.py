@@ -58,9 +58,12 @@ def by_hand(prompt):
     return turns
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_turns_are_what_counting_tokens_gives(seed):
-    prompt, routing = routing_of(seed)
+def test_turns_are_what_counting_tokens_gives():
+    for seed in range(60):
+        check(*routing_of(seed))
+
+
+def check(prompt, routing):
     turns = routing.turns
     assert [[turn.begin, turn.end, turn.size] for turn in turns.turns] == by_hand(prompt)
     for turn in turns.turns:
@@ -96,6 +99,16 @@ def test_a_prompt_is_one_turn_unless_its_history_keeps():
     assert keeps.kept == (14, 7, 14, 2) and keeps.seed(keeps.turns.turns[0]) != routing.seed(
         routing.turns.turns[0]
     )
+
+
+def test_chance_falls_alike_when_a_turn_comes_back():
+    """In a later prompt of the same conversation, which goes on with another picture."""
+    prompt = [WORD] * 6 + [VISUAL] * 10 + [*MARKER]
+    longer = [*prompt, WORD, *[VISUAL] * 4, *MARKER]
+    first = RequestRouting.of(VisualSpans((6,), (16,)), prompt, SCHEDULE, 4)
+    later = RequestRouting.of(VisualSpans((6, 19), (16, 23)), longer, SCHEDULE, 4)
+    again, other = map(later.seed, later.turns.turns)
+    assert first.seed(first.turns.turns[0]) == again != other
 
 
 def test_a_picture_needs_a_marker_behind_it():

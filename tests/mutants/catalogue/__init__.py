@@ -1,0 +1,8 @@
+"""The mutants, by what they spoil."""
+
+from tests.mutants.catalogue.device import DEVICE
+from tests.mutants.catalogue.plan import PLAN
+from tests.mutants.catalogue.pool import POOL
+from tests.mutants.catalogue.surroundings import SURROUNDINGS
+
+MUTANTS = (*PLAN, *POOL, *DEVICE, *SURROUNDINGS)
