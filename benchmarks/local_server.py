@@ -12,6 +12,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from prometheus_client.samples import Sample
+
+from benchmarks import metrics_page
+
 LOGS = Path(__file__).resolve().parent.parent / ".local" / "logs"
 LOG_LINE_LIMIT = 70
 ENVIRONMENT = {
@@ -97,23 +101,17 @@ class LocalServer:
 
     def metric(self, name: str) -> float:
         """The value of a metric of /metrics, such as `vllm:kv_cache_usage_perc`."""
-        return float(self._sample(name)[1])
+        return self._sample(name).value
 
     def label(self, name: str, label: str) -> str:
         """A label's value of a metric, such as `num_gpu_blocks` of `vllm:cache_config_info`."""
-        found = re.search(rf'\b{label}="([^"]*)"', self._sample(name)[0])
-        if found is None:
+        labels = self._sample(name).labels
+        if label not in labels:
             raise RuntimeError(f"The metric {name} has no label {label}. Is this vLLM 0.32?")
-        return found.group(1)
+        return labels[label]
 
-    def _sample(self, name: str) -> tuple[str, str]:
-        """Labels and value of a metric's first sample."""
-        with urllib.request.urlopen(self.url + "/metrics", timeout=30) as response:
-            text = response.read().decode()
-        found = re.search(rf"^{re.escape(name)}(?:\{{(.*)\}})? (\S+)$", text, flags=re.MULTILINE)
-        if found is None:
-            raise RuntimeError(f"The server's /metrics has no {name}. Is this vLLM 0.32?")
-        return found.group(1) or "", found.group(2)
+    def _sample(self, name: str) -> Sample:
+        return metrics_page.of_metric(metrics_page.fetch(self.url), name)[0]
 
     def _wait_until_healthy(self) -> None:
         started = time.monotonic()

@@ -1,15 +1,13 @@
 """Right or wrong, shares with their intervals, and paired differences."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binomtest
 
 from benchmarks.quality.outcomes import Outcome
 
-# Two-sided 95 %.
-Z = 1.959963984540054
 RESAMPLES = 20_000
 SEED = 0
 
@@ -55,11 +53,8 @@ class Score:
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
     """95 % score interval of a share (Wilson 1927), without continuity correction."""
-    share = correct / total
-    middle = share + Z**2 / (2 * total)
-    half = Z * math.sqrt(share * (1 - share) / total + (Z / (2 * total)) ** 2)
-    scale = 1 + Z**2 / total
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    interval = binomtest(correct, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,5 +101,4 @@ class Difference:
     def p_value(self) -> float:
         """Exact McNemar test: how likely so uneven a split is if either is as often right alone."""
         alone = self.only_first + self.only_second
-        tail = sum(math.comb(alone, k) for k in range(min(self.only_first, self.only_second) + 1))
-        return min(1.0, 2 * tail / 2**alone)
+        return float(binomtest(self.only_first, alone).pvalue) if alone else 1.0

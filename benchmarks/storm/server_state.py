@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import httpx
+from benchmarks import metrics_page
 
 KIB = 1024
 
@@ -24,13 +24,10 @@ class ServerState:
     @classmethod
     def of(cls, url: str) -> ServerState:
         """Read from /metrics."""
-        text = httpx.get(f"{url}/metrics", timeout=30).text
+        page = metrics_page.fetch(url)
 
         def values(name: str) -> list[float]:
-            found = re.findall(rf"^vllm:{name}(?:\{{.*\}})? (\S+)$", text, flags=re.MULTILINE)
-            if not found:
-                raise RuntimeError(f"The server's /metrics has no vllm:{name}. Is this vLLM?")
-            return [float(value) for value in found]
+            return [sample.value for sample in metrics_page.of_metric(page, f"vllm:{name}")]
 
         return cls(
             running=sum(values("num_requests_running")),

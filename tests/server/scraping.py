@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections import Counter
 
-from prometheus_client.parser import text_string_to_metric_families
-
+from benchmarks import metrics_page
 from benchmarks.local_server import LocalServer
 
 Sample = tuple[str, ...]
@@ -15,14 +13,11 @@ Sample = tuple[str, ...]
 
 def scrape(server: LocalServer) -> Counter[Sample]:
     """Values of all samples. Taken from each other, two of these say what has been counted since."""
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as response:
-        families = text_string_to_metric_families(response.read().decode())
     common = ("model_name", "engine")
     values: Counter[Sample] = Counter()
-    for family in families:
-        for sample in family.samples:
-            own = [value for label, value in sorted(sample.labels.items()) if label not in common]
-            values[sample.name, *own] += sample.value
+    for sample in metrics_page.samples(metrics_page.fetch(server.url)):
+        own = [value for label, value in sorted(sample.labels.items()) if label not in common]
+        values[sample.name, *own] += sample.value
     return values
 
 
