@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -15,9 +16,9 @@ def source_of(folder: Path, module: str, qualname: str) -> str | None:
     path = _file(folder, module)
     if path is None:
         return None
-    text = path.read_text(encoding="utf-8")
+    text, tree = _parsed(path)
     name, _, method = qualname.partition(".")
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
@@ -33,6 +34,13 @@ def source_of(folder: Path, module: str, qualname: str) -> str | None:
         ):
             return ast.get_source_segment(text, node)
     return None
+
+
+@lru_cache(maxsize=64)
+def _parsed(path: Path) -> tuple[str, ast.Module]:
+    """Many functions are looked for in few files."""
+    text = path.read_text(encoding="utf-8")
+    return text, ast.parse(text)
 
 
 def _method(folder: Path, module: str, text: str, owner: ast.ClassDef, method: str) -> str | None:

@@ -7,6 +7,7 @@ average a configuration really has, which the schedule's arithmetic gives and th
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 
 from benchmarks.grounding.calibrate import REMOVE, REMOVE_ONCE, REROUTE, REROUTE_FALLING, Kind
 from benchmarks.quality.model_shape import ModelShape
@@ -199,6 +200,7 @@ def calibrated(name: str, budget: float, shape: ModelShape) -> Configuration:
     )
 
 
+@lru_cache
 def routed(name: str, budget: float, shape: ModelShape) -> Configuration:
     """A routed method at the reachable average nearest to the budget.
 

@@ -157,29 +157,33 @@ IN_ANOTHER_PROCESS = """
 import pickle, sys
 import vllm.plugins
 vllm.plugins.load_general_plugins()  # as every process of vLLM does
-vllm_config = pickle.load(sys.stdin.buffer)
+configs = pickle.load(sys.stdin.buffer)
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.entrypoints.llm import LLM
 from vllm.multimodal import MULTIMODAL_REGISTRY
-hooked = (InputProcessor.process_inputs, OnlineRenderer.preprocess_chat, LLM.beam_search)
-assert not any(hasattr(one, "__wrapped__") for one in hooked)
-MULTIMODAL_REGISTRY.create_processor(vllm_config.model_config)
-assert not any(hasattr(one, "__wrapped__") for one in hooked)
-hooked = (InputProcessor.process_inputs, OnlineRenderer.preprocess_chat, LLM.beam_search)
-assert all(hasattr(one, "__wrapped__") for one in hooked) is (sys.argv[1] == "routed")
+def hooked():
+    front_end = InputProcessor.process_inputs, OnlineRenderer.preprocess_chat, LLM.beam_search
+    return [hasattr(one, "__wrapped__") for one in front_end]
+assert not any(hooked())
+MULTIMODAL_REGISTRY.create_processor(configs["stock"].model_config)
+assert not any(hooked())
+MULTIMODAL_REGISTRY.create_processor(configs["routed"].model_config)
+assert all(hooked())
 assert not hasattr(EngineCore.preprocess_add_request, "__wrapped__")
 """
 
 
-@pytest.mark.parametrize("kind", ["routed", "stock"])
-def test_a_process_that_only_gets_the_config_is_ready(kind, engine_config):
+def test_a_process_that_only_gets_the_config_is_ready(engine_config):
     """The front end's checks come with the model's processor; a stock one brings none."""
-    additional = {"reroute": {"schedule": "pdrop"}} if kind == "routed" else {}
-    config = engine_config(additional_config=additional, max_model_len=512)
+    routed = {"additional_config": {"reroute": {"schedule": "pdrop"}}}
+    configs = {
+        name: engine_config(max_model_len=512, **options)
+        for name, options in (("stock", {}), ("routed", routed))
+    }
     subprocess.run(
-        [sys.executable, "-c", IN_ANOTHER_PROCESS, kind], input=pickle.dumps(config), check=True
+        [sys.executable, "-c", IN_ANOTHER_PROCESS], input=pickle.dumps(configs), check=True
     )
 
 

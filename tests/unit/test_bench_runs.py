@@ -1,7 +1,6 @@
 """How the benchmark suite measures: turns, waves that are kept, workers, the command line."""
 
 import json
-import os
 
 import pytest
 
@@ -17,6 +16,8 @@ from benchmarks.bench.worker import Worker
 from benchmarks.local_model import make_config
 from benchmarks.quality.model_shape import ModelShape
 from vllm_reroute.schedule import RerouteOptions
+
+from .worker_calls import complain, remember, vanish
 
 RUN = {"date": "2030-01-01 00:00 UTC", "commit": "abc"}
 WIDE = BenchModel(
@@ -245,20 +246,6 @@ def test_threads_of_waiting_engines_do_not_spin(monkeypatch):
     assert device.environment()["OMP_NUM_THREADS"] == "1"
     monkeypatch.setattr(device, "ON_GPU", True)
     assert not any("CPU" in name or "OMP" in name for name in device.environment())
-
-
-def remember(state, value):
-    state["value"] = state.get("value", 0) + value
-    print("said", flush=True)
-    return state["value"]
-
-
-def complain(state):
-    raise ValueError("does not fit")
-
-
-def vanish(state):
-    os._exit(3)
 
 
 def test_a_worker_keeps_its_state_and_reports_errors(tmp_path):

@@ -23,7 +23,7 @@ def model():
 
 @torch.inference_mode()
 def test_packing_equals_asking_alone(model):
-    batch = batch_of(range(2), tuple(KINDS))
+    batch = batch_of(range(2), tuple(KINDS)[::2])
     pixels = normalise(batch.pixels)
     packed = answer_pass(model, visual_tokens(model, pixels), batch.lines).logits
     lines = batch.lines

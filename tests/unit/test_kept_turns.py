@@ -22,6 +22,12 @@ TABLE = {
     # Never a part of a turn: the text before the picture.
     "the same prompt": ([FIRST], FIRST, 40),
     "another question": ([FIRST], (SYSTEM, CAT, *WHERE), 32),
+    # Alike up to the last whole block of its turn.
+    "a question that ends otherwise": (
+        [FIRST],
+        (SYSTEM, CAT, Text("which", 16), Text("or", 4), MARKER, SHORT, *WHERE),
+        32,
+    ),
     "the next turn": ([FIRST], (*FIRST, SHORT, *WHERE), 102),
     "the turn after, short answers": (
         [FIRST, (*FIRST, SHORT, *WHERE)],

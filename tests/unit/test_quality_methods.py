@@ -145,7 +145,7 @@ def test_calibrated_schedules_are_for_their_model_and_budgets_only():
 
 
 def test_by_default_only_the_grounding_model_gets_its_calibrated_rows(tmp_path):
-    plan = planned(parse_arguments([]))[2]
+    plan = planned(parse_arguments(["--budgets", "33"]))[2]
     assert {each.method for each in plan} == set(METHODS)
     other = build_local_model(tmp_path / "tiny", SHAPES["tiny"])
     plan = planned(parse_arguments(["--model", str(other), "--budgets", "33"]))[2]

@@ -22,7 +22,7 @@ class SharedBlocks:
     def __init__(self, rng, schedule):
         self.rng, self.schedule = rng, schedule
         self.cached = {}  # (family, block) -> slots
-        self.requests, self.slots, self.scheduled = [], [], []
+        self.requests, self.slots, self.scheduled, self.names = [], [], [], []
         self.written = set()
 
     def add(self, *, earlier):
@@ -41,6 +41,7 @@ class SharedBlocks:
             request.run(len(slots))
         self.requests.append(request)
         self.slots.append(slots)
+        self.names.append(number)
         if earlier:
             request.run(random_scheduled(rng, request))
             self._own(number, len(request.kv[-1]))
@@ -55,7 +56,13 @@ class SharedBlocks:
 
     def _own(self, number, length):
         slots = self.slots[number]
-        slots += [(number, place) for place in range(len(slots), length)]
+        slots += [(self.names[number], place) for place in range(len(slots), length)]
+
+    def shuffle(self):
+        """A batch's order is not that of arrival."""
+        order = self.rng.sample(range(len(self.requests)), len(self.requests))
+        for name in ("requests", "slots", "scheduled", "names"):
+            setattr(self, name, [getattr(self, name)[number] for number in order])
 
     def plan(self):
         dense = self.requests[0].dense
@@ -73,13 +80,14 @@ class SharedBlocks:
 
 
 def steps(seed):
-    """A step of several requests, those that arrive in it last."""
+    """A step of several requests, some of which arrive in it."""
     rng = random.Random(seed)
     shared = SharedBlocks(rng, SCHEDULES[seed % 2])
     for _ in range(rng.randint(0, 4)):
         shared.add(earlier=True)
     for _ in range(rng.randint(1, 8)):
         shared.add(earlier=False)
+    shared.shuffle()
     return shared, rng.randint(1, 40)
 
 
@@ -158,7 +166,7 @@ def check_reads(shared, most):
 def test_the_reader_s_check_sees_shared_blocks():
     """The property above is about something: steps share blocks, and wrong orders break it."""
     shares = sum(
-        any(slot[0] != number for number, own in enumerate(shared.slots) for slot in own)
+        any(slot[0] != n for n, own in zip(shared.names, shared.slots, strict=True) for slot in own)
         for shared, _ in map(steps, range(150))
     )
     assert shares > 30

@@ -85,7 +85,7 @@ PLAN = (
         file="vllm_reroute/plan/batch_routing.py",
         old="(run < turns.end), turns.end <= run",
         new="(run <= turns.end), turns.end < run",
-        killers=("tests/unit/test_step_plan.py::test_stage_lengths",),
+        killers=("tests/unit/test_step_plan.py::test_a_mixed_batch",),
     ),
     Mutant(
         name="a-parked-token-left-out",
