@@ -20,8 +20,8 @@ POOL = (
     Mutant(
         name="keep-offers-what-has-not-run",
         file="vllm_reroute/kv_cache/kept_turns.py",
-        old="num_tokens = min(request.num_computed_tokens, request.num_tokens)",
-        new="num_tokens = request.num_tokens",
+        old="do not count.\n        num_tokens = min(request.num_computed_tokens, request.num_tokens)",
+        new="do not count.\n        num_tokens = request.num_tokens",
         killers=("tests/unit/test_kept_turns.py",),
     ),
     Mutant(
