@@ -46,9 +46,8 @@ def main() -> int:
 def run(mutants: Sequence[Mutant]) -> list[Mutant]:
     """Those that survive. Raises RuntimeError where tests fail without any mutant."""
     survivors = []
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        copy = Copy(Path(folder))
-        # Before hours of results that mean nothing.
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, Copy(Path(folder)) as copy:
+        # Before minutes of results that mean nothing.
         for mutant in mutants:
             mutant.applied(copy.folder)
         tests = sorted({test for mutant in mutants for test in mutant.killers})

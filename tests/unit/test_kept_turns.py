@@ -140,6 +140,18 @@ def test_a_lost_block_costs_what_depends_on_it(stage, block, hit):
     assert engine.hit(ask("again", *FIRST, SHORT, *WHERE, SHORT, *WHICH)) >= 102
 
 
+def test_a_step_that_has_not_run_is_not_found():
+    """Its blocks of the first stage would complete what others have left in later ones."""
+    engine = Engine(KEEPS)
+    first = ask("first", *FIRST)
+    engine.turns(first)
+    lost = engine.manager.get_block_ids("first")[0]
+    engine.finish(first)
+    engine.pool.evict_blocks({*lost})
+    engine.prefill(ask("second", *FIRST, SHORT, *WHERE), 102)
+    assert engine.hit(ask("third", *FIRST, SHORT, *WHERE)) == 32, "text, as in vLLM"
+
+
 def test_what_is_kept_depends_on_how_much():
     """Text before the picture serves every budget and both histories, a turn its own only."""
     engine = Engine(KEEPS)
