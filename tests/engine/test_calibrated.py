@@ -32,19 +32,13 @@ def calibrated(
     return out
 
 
-def test_the_file_serves_what_its_flags_do(
+def test_the_file_serves_what_its_flags_say(
     v1: EngineHost, models: dict[str, Path], oracles: OracleAnswers, calibrated: Path
 ) -> None:
-    found = CalibratedSchedule.read(calibrated)
-    by_hand = found.options.to_mapping()
-    answers = []
-    for options in ({"file": str(calibrated)}, by_hand):
-        v1.engine(**engine_args(models["grouped"], options))
-        answers.append(v1.call(generate, MIXED))
-    for of_file, of_flags in zip(*answers, strict=True):
-        assert of_file == of_flags
+    v1.engine(**engine_args(models["grouped"], {"file": str(calibrated)}))
+    by_hand = CalibratedSchedule.read(calibrated).options.to_mapping()
     schedule = RerouteOptions.from_mapping(by_hand).resolve(8)
-    for ask, answer in zip(MIXED, answers[0], strict=True):
+    for ask, answer in zip(MIXED, v1.call(generate, MIXED), strict=True):
         oracles.check("grouped", schedule, ask, answer)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytest
-
 from tests.engine.conftest import engine_args
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
@@ -15,14 +13,12 @@ from tests.engine.probes import (
     free_blocks,
     generate,
     runner_name,
-    scheduler_of,
     stepwise,
 )
 from tests.engine.requests import (
     LONG_TEXT,
     MIXED,
     ONE_IMAGE,
-    OTHER_IMAGE,
     TEXT_ONLY,
     TWO_IMAGES,
     Ask,
@@ -190,42 +186,6 @@ def test_a_cache_salt_keeps_requests_apart(v1: EngineHost, models: Any) -> None:
     v1.engine(**small(models, OPTIONS, max_num_batched_tokens=600))
     first, other, again = v1.call(salted, CHAT[0], ["one", "two", "one"])
     assert first == other == 0 and again >= 4 * BLOCK
-
-
-def held_during_prefill(llm: Any, ask: Ask) -> list[int]:
-    """Parked pages held after each step of a request, until it has given its first tokens."""
-    engine = llm.llm_engine
-    engine.add_request("live", llm._preprocess_cmpl([ask.prompt()])[0], ask.sampling_params())
-    held = []
-    for _ in range(12):
-        engine.step()
-        pages = scheduler_of(llm).parked_pages
-        held.append(sum(len(blocks) for blocks in pages.req_to_blocks.values()))
-    (request,) = scheduler_of(llm).requests.values()
-    engine.abort_request([request.request_id], internal=True)
-    engine.step()
-    return held
-
-
-def test_parked_pages_are_held_until_the_decisions_only(v1: EngineHost, models: Any) -> None:
-    """Whole prompts without a prefix cache need none at all."""
-    ask = replace(TWO_IMAGES, max_tokens=30)
-    v1.engine(**small(models, OPTIONS, enable_prefix_caching=False))
-    in_chunks = v1.call(held_during_prefill, ask)
-    assert in_chunks[0] > 0 and max(in_chunks) >= 4 and in_chunks[-1] == 0
-    v1.engine(**small(models, OPTIONS, enable_prefix_caching=False, max_num_batched_tokens=600))
-    assert v1.call(held_during_prefill, ask) == [0] * 12
-
-
-@pytest.mark.parametrize(
-    "limit", [{"long_prefill_token_threshold": 40}, {"max_num_scheduled_tokens": 40}], ids=str
-)
-def test_limits_of_a_step_are_honoured(
-    v1: EngineHost, models: Any, oracles: OracleAnswers, limit: dict[str, int]
-) -> None:
-    asks = (ONE_IMAGE, TWO_IMAGES, TEXT_ONLY, LONG_TEXT, OTHER_IMAGE)
-    v1.engine(**small(models, OPTIONS, max_num_batched_tokens=400, **limit))
-    check(oracles, OPTIONS, asks, v1.call(generate, asks))
 
 
 def sampled(llm: Any, asks: Any) -> list[list[int]]:

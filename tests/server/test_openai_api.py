@@ -167,19 +167,10 @@ def test_startup_log_states_the_schedule(server: LocalServer, client: openai.Ope
         assert part in log
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--reroute-schedule", "nosuch"], "invalid choice: 'nosuch' (choose from "),
-        (
-            ["--reroute-schedule", "pdrop", "--pipeline-parallel-size", "2"],
-            "--pipeline-parallel-size 2 cannot be",
-        ),
-    ],
-    ids=["unknown-schedule", "pipeline-parallel"],
-)
-def test_bad_option_stops_the_server_at_start(model: Path, flags: list[str], message: str) -> None:
+def test_bad_option_stops_the_server_at_start(model: Path) -> None:
+    flags = ["--reroute-schedule", "pdrop", "--pipeline-parallel-size", "2"]
     server = LocalServer("test-refused", model, flags, start_limit_s=120)
     with pytest.raises(RuntimeError, match="ended with code"), server:
         pass
-    assert message in server.log.read_text(encoding="utf-8")
+    log = server.log.read_text(encoding="utf-8")
+    assert "--pipeline-parallel-size 2 cannot be" in log

@@ -24,7 +24,6 @@ from tests.server.refusals import (
     check_refusals,
     check_refusals_at_once,
     new_picture,
-    post,
 )
 
 
@@ -35,9 +34,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-# Every refusal where one process takes requests, some of each kind where there are several.
+# Every refusal where one process takes requests, some of each kind where there are several: for two
+# ranks vLLM starts two API servers.
 PROCESSES = {
-    "two-api-servers": (["--api-server-count", "2"], SOME),
     "data-parallel-two": (["--data-parallel-size", "2"], SOME),
     "tensor-parallel-two": (["--tensor-parallel-size", "2"], tuple(REFUSED)),
 }
@@ -50,7 +49,7 @@ def test_refused_alike_and_answered_right(
     """Whatever processes there are, spawned ones too."""
     words = [*SERVER_WORDS, "--trust-request-chat-template", *words]
     with LocalServer("test-refusals", model, words, start_limit_s=400) as server:
-        # Of two ranks each is asked; of two API servers, whichever accepts a connection.
+        # Each rank is asked, by whichever API server accepts a connection.
         if "--data-parallel-size" in words:
             for rank in ("0", "1"):
                 check_refusals(server.url, names, **{"X-data-parallel-rank": rank})
@@ -88,15 +87,3 @@ def test_a_batch_file_is_answered_line_by_line(model: Path, tmp_path: Path) -> N
     found = {one["custom_id"]: (one["response"]["status_code"], json.dumps(one)) for one in out}
     for key, (status, cure) in expected.items():
         assert found[key][0] == status and cure in found[key][1], (key, found[key])
-
-
-def test_post_reports_what_is_refused_by_nobody(model: Path) -> None:
-    """The table's own teeth: a stock server answers these requests."""
-    words = [word for word in SERVER_WORDS if "reroute" not in word]
-    words = [word for word in words if word not in ("pdrop", "128")]
-    with LocalServer(
-        "test-stock", model, [*words, "--trust-request-chat-template"], start_limit_s=300
-    ) as server:
-        for name, refused, stream in cases():
-            status, text = post(server.url + CHAT, refused.body(new_picture(), stream))
-            assert status == 200 and '"error": {' not in text, (name, stream, text)

@@ -28,7 +28,7 @@ from .slow_worker import ANSWER
 BLOCK = 4
 LONGEST = 96
 PICTURE = 8
-EXAMPLES = int(os.environ.get("SCHEDULER_EXAMPLES", 12))
+EXAMPLES = int(os.environ.get("SCHEDULER_EXAMPLES", 8))
 STEPS = 60
 SCHEDULES = {
     "dense first": {"layers": [3, 5], "keep": [0.5, 0.25]},

@@ -1,8 +1,7 @@
-"""bf16, int8 weights, torch.compile and tensor parallelism."""
+"""bf16, int8 weights and tensor parallelism."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,29 +24,6 @@ OPTIONS: dict[str, Any] = {"layers": [2, 4, 6], "keep": [0.5, 0.25, 0.4]}
 # matters; among the most attended it changes the answer, for the oracle as for the engine.
 MILD: dict[str, Any] = {"layers": [2, 5], "keep": [0.75, 0.75]}
 SCHEDULE = RerouteOptions.from_mapping(OPTIONS).resolve(8)
-
-
-def num_compiled_stages(llm: Any) -> int:
-    from vllm.compilation.counter import compilation_counter
-
-    return compilation_counter.num_models_seen
-
-
-@pytest.fixture
-def fresh_v1() -> Iterator[EngineHost]:
-    host = EngineHost()
-    yield host
-    host.close()
-
-
-def test_compiled_stages_agree_with_oracle(
-    fresh_v1: EngineHost, models: Any, oracles: OracleAnswers
-) -> None:
-    fresh_v1.engine(**engine_args(models["grouped"], OPTIONS, enforce_eager=False))
-    # The stock model class counts once more, but is never called.
-    assert fresh_v1.call(num_compiled_stages) >= len(SCHEDULE.stages)
-    for ask, answer in zip(MIXED, fresh_v1.call(generate, MIXED), strict=True):
-        oracles.check("grouped", SCHEDULE, ask, answer)
 
 
 def test_tensor_parallel_agrees_with_oracle(models: Any, oracles: OracleAnswers) -> None:
