@@ -52,7 +52,7 @@ def drive(state: dict, work: Workload) -> dict:
     pictures = work.pictures()
     started = time.perf_counter()
     for _ in range(work.requests):
-        _add(llm, work, pictures)
+        add_request(llm, work, pictures)
     seen: dict[str, Any] = {}
     stamps: list[float] = []
     while engine.has_unfinished_requests():
@@ -88,7 +88,7 @@ def fill_pool(
     pictures = work.pictures()
     started = time.perf_counter()
     for _ in range(work.requests):
-        _add(llm, work, pictures)
+        add_request(llm, work, pictures)
     best, ideal, preempted = 0, 0, {}
     while engine.has_unfinished_requests():
         engine.step()
@@ -110,7 +110,8 @@ def fill_pool(
     }
 
 
-def _add(llm: Any, work: Workload, pictures: list[Any]) -> None:
+def add_request(llm: Any, work: Workload, pictures: list[Any]) -> None:
+    """One of the workload's requests; it runs with the engine's next steps."""
     from vllm import SamplingParams
 
     prompt: dict[str, Any] = {"prompt": work.prompt()}

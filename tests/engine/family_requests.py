@@ -20,14 +20,14 @@ class FamilyAsk:
     """A conversation. parts: ("image", n), ("video", n) or ("text", words), in order; ("answer", words)
     ends a user message that is not the last.
 
-    Requests of one test have different prompt lengths, which is how their decisions are told
-    apart in the engine's records.
+    explain: whether it asks what was decided.
     """
 
     folder: Path
     parts: tuple[tuple[str, Any], ...]
     max_tokens: int = MAX_TOKENS
     options: dict[str, Any] = field(default_factory=dict)
+    explain: bool = True
 
     @property
     def key(self) -> Any:
@@ -75,7 +75,7 @@ class FamilyAsk:
         return processor(text=[self.text()], return_tensors="pt", **options)
 
     def sampling_params(self) -> Any:
-        return greedy(self.max_tokens, self.options)
+        return greedy(self.max_tokens, self.options, self.explain)
 
     def _pictures(self) -> list[Any]:
         return [image(number) for kind, number in self.parts if kind == "image"]

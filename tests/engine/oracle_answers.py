@@ -79,8 +79,6 @@ class OracleAnswers:
     ) -> OracleResult:
         """Tokens, log-probabilities, decisions and the oracle's own K/V lengths."""
         result = self.check_tokens(model, schedule, ask, answer, tolerance)
-        if ask.visual:
-            assert answer.selected == result.selected
         self._check_oracle_lengths(schedule, ask, answer, result)
         return result
 
@@ -92,9 +90,11 @@ class OracleAnswers:
         answer: Answer,
         tolerance: float = LOGPROB_TOLERANCE,
     ) -> OracleResult:
-        """Tokens and log-probabilities."""
+        """Tokens, log-probabilities, and decisions where it asked for them."""
         result = self.result(model, schedule, ask, answer.prompt_token_ids)
         assert answer.token_ids == result.token_ids
+        if ask.visual and ask.explain:
+            assert answer.selected == result.selected
         for step, logprobs in enumerate(answer.logprobs):
             for token, logprob in logprobs.items():
                 expected = result.logprobs[step, token].item()

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from tests.engine.requests import Answer, Ask
 
 
 def generate(llm: Any, asks: Sequence[Ask]) -> list[Answer]:
-    """Answer all requests in one batch, recording what each decision kept."""
-    with recorded_decisions() as decisions:
-        outputs = llm.generate(
-            [ask.prompt() for ask in asks], [ask.sampling_params() for ask in asks], use_tqdm=False
-        )
-    return [_answer(output, decisions) for output in outputs]
+    """Answer all requests in one batch."""
+    outputs = llm.generate(
+        [ask.prompt() for ask in asks], [ask.sampling_params() for ask in asks], use_tqdm=False
+    )
+    return [_answer(llm, output) for output in outputs]
 
 
 def generate_one_by_one(llm: Any, asks: Sequence[Ask]) -> list[Answer]:
@@ -23,70 +21,53 @@ def generate_one_by_one(llm: Any, asks: Sequence[Ask]) -> list[Answer]:
     return [generate(llm, [ask])[0] for ask in asks]
 
 
-def _answer(output: Any, decisions: dict[int, list[list[int]]]) -> Answer:
+def _answer(llm: Any, output: Any) -> Answer:
     completion = output.outputs[0]
     steps = completion.logprobs or []
     return Answer(
         prompt_token_ids=list(output.prompt_token_ids),
         token_ids=list(completion.token_ids),
         logprobs=[{token: entry.logprob for token, entry in step.items()} for step in steps],
-        selected=decisions.get(len(output.prompt_token_ids), []),
+        selected=_selected(llm, output),
         num_cached=output.num_cached_tokens or 0,
     )
 
 
-@contextmanager
-def recorded_decisions() -> Iterator[dict[int, list[list[int]]]]:
-    """Prompt length -> kept visual tokens per decision, of the last prefill of that length."""
-    from vllm_reroute.routing.token_state import TokenState
+def _selected(llm: Any, output: Any) -> list[list[int]]:
+    """What each decision kept, as the engine told the request."""
+    from vllm_reroute.explain.trace import trace_of
+    from vllm_reroute.schedule import RoutingSchedule
 
-    decisions: dict[int, list[list[int]]] = {}
-    begin, choose = TokenState.__init__, TokenState.choose
-
-    def recording_begin(self: Any, plan: Any, *inputs: Any) -> None:
-        for prefill in plan.prefills:
-            decisions[prefill.routing.num_prompt] = []
-        begin(self, plan, *inputs)
-
-    def recording_choose(self: Any, *inputs: Any, **options: Any) -> None:
-        choose(self, *inputs, **options)
-        visual_rows = self.running.rows[self.running.visual].tolist()
-        for prefill in self.plan.prefills:
-            mask = prefill.routing.spans.mask(prefill.first + prefill.num_tokens)[prefill.first :]
-            places = {prefill.start + p: n for n, p in enumerate(mask.nonzero()[0].tolist())}
-            kept = [places[row] for row in visual_rows if row in places]
-            decisions[prefill.routing.num_prompt].append(kept)
-
-    TokenState.__init__, TokenState.choose = recording_begin, recording_choose
-    try:
-        yield decisions
-    finally:
-        TokenState.__init__, TokenState.choose = begin, choose
+    told = output.outputs[0].routed_experts
+    if told is None:
+        return []
+    schedule = RoutingSchedule.of(llm.llm_engine.vllm_config)
+    trace = trace_of(told, schedule, len(output.prompt_token_ids))
+    return [decision.kept.tolist() for decision in trace.decisions]
 
 
 def stepwise(llm: Any, asks: Sequence[Ask], every: int) -> dict[str, Any]:
     """Add a request every few steps; return tokens, decisions and preemptions seen."""
     engine, pending, finished, steps = llm.llm_engine, list(enumerate(asks)), {}, 0
     preempted: set[str] = set()
-    with recorded_decisions() as decisions:
-        while pending or engine.has_unfinished_requests():
-            if pending and steps % every == 0:
-                index, ask = pending.pop(0)
-                engine.add_request(
-                    str(index), llm._preprocess_cmpl([ask.prompt()])[0], ask.sampling_params()
-                )
-            for output in engine.step():
-                if output.finished:
-                    finished[output.request_id.split("-")[0]] = output
-            preempted |= {
-                r.request_id for r in scheduler_of(llm).requests.values() if r.num_preemptions
-            }
-            steps += 1
+    while pending or engine.has_unfinished_requests():
+        if pending and steps % every == 0:
+            index, ask = pending.pop(0)
+            engine.add_request(
+                str(index), llm._preprocess_cmpl([ask.prompt()])[0], ask.sampling_params()
+            )
+        for output in engine.step():
+            if output.finished:
+                finished[output.request_id.split("-")[0]] = output
+        preempted |= {
+            r.request_id for r in scheduler_of(llm).requests.values() if r.num_preemptions
+        }
+        steps += 1
     return {
         "tokens": [list(finished[str(i)].outputs[0].token_ids) for i in range(len(asks))],
         "cached": [finished[str(i)].num_cached_tokens for i in range(len(asks))],
         "prompts": [list(finished[str(i)].prompt_token_ids) for i in range(len(asks))],
-        "decisions": decisions,
+        "decisions": [_selected(llm, finished[str(i)]) for i in range(len(asks))],
         "preempted": len(preempted),
         "free": free_blocks(llm),
     }

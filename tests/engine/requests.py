@@ -18,14 +18,14 @@ MAX_TOKENS = 16
 class Ask:
     """One request. images: indices into the test photographs. text: with one <image> per image.
 
-    Requests of one test have different prompt lengths, which is how their decisions are told
-    apart in the engine's records.
+    explain: whether it asks what was decided.
     """
 
     text: str
     images: tuple[int, ...] = ()
     max_tokens: int = MAX_TOKENS
     options: dict[str, Any] = field(default_factory=dict)
+    explain: bool = True
 
     def prompt(self) -> dict[str, Any]:
         """As `LLM.generate` takes it."""
@@ -43,7 +43,7 @@ class Ask:
         return processor(text=[self.text], return_tensors="pt", **images)
 
     def sampling_params(self) -> Any:
-        return greedy(self.max_tokens, self.options)
+        return greedy(self.max_tokens, self.options, self.explain)
 
     @property
     def key(self) -> Any:
@@ -78,12 +78,18 @@ def scene_questions() -> list[Question]:
     return list(questions("test", 2 * len(KINDS)))
 
 
-def greedy(max_tokens: int, options: Mapping[str, Any]) -> Any:
-    """Sampling parameters that make answers comparable, changed by `options`."""
+def greedy(max_tokens: int, options: Mapping[str, Any], explain: bool = False) -> Any:
+    """Sampling parameters that make answers comparable, changed by `options`.
+
+    explain: whether to ask what was decided, scores and all.
+    """
     from vllm import SamplingParams
 
     given = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "logprobs": 5}
-    return SamplingParams(**{**given, **options})
+    given |= options
+    if explain:
+        given["extra_args"] = {**given.get("extra_args", {}), "reroute_explain": "scores"}
+    return SamplingParams(**given)
 
 
 def _cropped(index: int) -> Any:

@@ -35,11 +35,12 @@ MANY = (
 def check_against_oracle(
     oracles: OracleAnswers, asks: tuple[Ask, ...], seen: dict[str, Any]
 ) -> None:
-    for ask, tokens, prompt in zip(asks, seen["tokens"], seen["prompts"], strict=True):
+    answers = zip(asks, seen["tokens"], seen["prompts"], seen["decisions"], strict=True)
+    for ask, tokens, prompt, kept in answers:
         expected = oracles.result("grouped", SCHEDULE, ask, prompt)
         assert tokens == expected.token_ids
         if ask.images:
-            assert seen["decisions"][len(prompt)] == expected.selected
+            assert kept == expected.selected
 
 
 def test_prefills_join_running_decodes(

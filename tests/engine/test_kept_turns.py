@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.local_tokenizer import image_token_id
 from tests.engine.conftest import engine_args
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
@@ -48,6 +49,8 @@ class Dialogue(Ask):
     per picture."""
 
     token_ids: tuple[int, ...] = ()
+    # It would be decided anew.
+    explain: bool = False
 
     def prompt(self) -> dict[str, Any]:
         pictures = {"multi_modal_data": {"image": self.pictures()}} if self.images else {}
@@ -153,10 +156,15 @@ def test_a_conversation_is_the_same_cold_and_turn_by_turn(
     assert other[0][1].num_cached < BLOCK < other[1][1].num_cached
     host.call(reset)
     asks = [ask for ask, _ in said]
+    # All turns are decided, and told to those that ask: once together, once each from the cache.
+    asks = [replace(ask, explain=True) for ask in asks]
     cold = host.call(generate, [*asks, TEXT_ONLY])
-    for (ask, answer), again in zip(said, cold, strict=False):
+    for (_, answer), ask, again in zip(said, asks, cold, strict=False):
         assert again.token_ids == answer.token_ids
         oracles.check_tokens("grouped", schedule, ask, again)
+    (again,) = host.call(generate, asks[-1:])
+    oracles.check_tokens("grouped", schedule, asks[-1], again)
+    assert 0 < again.num_cached <= asks[-1].token_ids.index(image_token_id())
     assert host.call(free_blocks) == before
 
 

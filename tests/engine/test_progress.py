@@ -69,11 +69,12 @@ def check(oracles: OracleAnswers, options: dict[str, Any], asks: Any, answers: A
 
 def check_seen(oracles: OracleAnswers, options: dict[str, Any], asks: Any, seen: Any) -> None:
     schedule = RerouteOptions.from_mapping(options).resolve(8)
-    for ask, tokens, prompt in zip(asks, seen["tokens"], seen["prompts"], strict=True):
+    answers = zip(asks, seen["tokens"], seen["prompts"], seen["decisions"], strict=True)
+    for ask, tokens, prompt, kept in answers:
         expected = oracles.result("grouped", schedule, ask, prompt)
         assert tokens == expected.token_ids
         if ask.images:
-            assert seen["decisions"][len(prompt)] == expected.selected
+            assert kept == expected.selected
 
 
 @on_runners("options", {"reroute": [OPTIONS], "remove": [REMOVE]}, v2=["reroute"])

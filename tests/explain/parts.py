@@ -69,5 +69,5 @@ def chance_trace(
         decisions.append(TracedDecision(layer=layer, end_layer=end_layer, kept=kept, scores=scores))
         candidates = kept if removes else candidates
     return RoutingTrace(
-        num_prompt=num_visual + 20, num_visual=num_visual, sizes=sizes, decisions=tuple(decisions)
+        num_prompt=num_visual + 20, num_visual=num_visual, decisions=tuple(decisions)
     )

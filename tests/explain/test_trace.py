@@ -17,7 +17,7 @@ def trace(*decisions, num_visual=6, layers=(2, 5, 7, 9), scores=None):
         )
         for kept, first, end in zip(decisions, layers, layers[1:], strict=False)
     ]
-    return RoutingTrace(num_prompt=20, num_visual=num_visual, sizes=(4, 2), decisions=tuple(traced))
+    return RoutingTrace(num_prompt=20, num_visual=num_visual, decisions=tuple(traced))
 
 
 def indices(mask):

@@ -15,7 +15,8 @@ from transformers import AutoProcessor
 
 from benchmarks.photos import PHOTOS
 from tests.oracle import RoutedOracle
-from vllm_reroute.schedule import RerouteOptions
+from vllm_reroute.explain.trace import trace_of
+from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
 
 MODEL_NAME = "tiny"
 MAX_TOKENS = 8
@@ -43,6 +44,13 @@ def ask(client: openai.OpenAI, text: str, photos: tuple[int, ...] = (), **option
         max_tokens=MAX_TOKENS,
         extra_body={"return_token_ids": True, "ignore_eos": True, **options},
     )
+
+
+def kept(answer: Any, schedule: RoutingSchedule) -> list[list[list[int]]]:
+    """What each decision kept, as every choice of the answer says."""
+    told = [choice.routed_experts for choice in answer.choices]
+    traces = [trace_of(one, schedule, len(answer.prompt_token_ids)) for one in told]
+    return [[decision.kept.tolist() for decision in trace.decisions] for trace in traces]
 
 
 def check_concurrent_answers(client: openai.OpenAI, model: Path, depth: int) -> None:
@@ -82,4 +90,6 @@ def check_answers(
             inputs |= processor.image_processor(images, return_tensors="pt")
         expected = oracle.run(inputs, MAX_TOKENS)
         assert answer.choices[0].token_ids == expected.token_ids
+        if "reroute_explain" in options.get("vllm_xargs", {}):
+            assert kept(answer, schedule) == [expected.selected]
     return answers

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
@@ -18,9 +19,12 @@ from tests.server.chat import (
     ask,
     check_answers,
     check_concurrent_answers,
+    kept,
     messages,
 )
+from tests.server.refusals import CHAT, chat, new_picture, post, responses
 from tests.server.scraping import of_routing, scrape
+from vllm_reroute.explain.trace import stages_of, trace_of
 from vllm_reroute.schedule import RerouteOptions
 from vllm_reroute.schedule.footprint import RequestFootprint
 
@@ -97,9 +101,36 @@ def test_bad_request_is_refused_and_serving_goes_on(
 def test_a_request_chooses_its_own_budget(client: openai.OpenAI, model: Path) -> None:
     """In vLLM's own field for more arguments; what the server does not have is refused."""
     asks = [("What is shown here?", (0,))]
-    check_answers(client, model, TINY.text_layers, asks, tier=64, vllm_xargs={"reroute_tier": 64})
+    own = {"reroute_tier": 64, "reroute_explain": True}
+    check_answers(client, model, TINY.text_layers, asks, tier=64, vllm_xargs=own)
     with pytest.raises(openai.BadRequestError, match="reroute_tier 63 is unknown"):
         ask(client, *asks[0], vllm_xargs={"reroute_tier": 63})
+
+
+def test_a_request_is_told_what_was_decided(server: LocalServer, client: openai.OpenAI) -> None:
+    """Every choice says it, also where a front end ends an answer at a stop string."""
+    schedule = RerouteOptions(schedule="pdrop", tier=128).resolve(TINY.text_layers)
+    asked = ("What are these?", (1, 3))
+    plain = ask(client, *asked)
+    assert plain.choices[0].routed_experts is None
+    # Two different answers.
+    options = {"vllm_xargs": {"reroute_explain": "scores"}, "n": 2, "temperature": 1}
+    both = ask(client, *asked, **options, stop=[])
+    assert len(both.choices) == 2
+    first, other = kept(both, schedule)
+    assert [len(of_stage) for of_stage in first] == schedule.kept_per_stage(2 * VISUAL)[1:]
+    stop = plain.choices[0].message.content[-1]
+    stopped = ask(client, *asked, vllm_xargs={"reroute_explain": True}, stop=[stop])
+    assert stopped.choices[0].finish_reason == "stop"
+    assert kept(stopped, schedule) == [first] == [other]
+    words = ask(client, "Only words.", vllm_xargs={"reroute_explain": True})
+    assert words.choices[0].routed_experts is None
+    body = chat(new_picture(), stream=True, vllm_xargs={"reroute_explain": True})
+    status, said = post(f"{server.url}{CHAT}", body)
+    assert status == 400 and "Leave stream out" in said
+    body = responses(new_picture(), vllm_xargs={"reroute_explain": True})
+    status, said = post(f"{server.url}/v1/responses", body)
+    assert status == 400 and "ask /v1/chat/completions" in said
 
 
 def test_metrics_count_what_was_asked(server: LocalServer, client: openai.OpenAI) -> None:
@@ -110,10 +141,13 @@ def test_metrics_count_what_was_asked(server: LocalServer, client: openai.OpenAI
         (128, "Only words.", (), {}),
         (64, "Compare them.", (3, 0), {"vllm_xargs": {"reroute_tier": 64}}),
     ]
-    footprints = []
+    footprints, back = [], np.zeros(5, dtype=int)
     for tier, text, photos, options in asked:
+        options.setdefault("vllm_xargs", {})["reroute_explain"] = True
         answer = ask(client, text, photos, **options)
         footprints.append(_footprint(server, tier, len(photos), answer))
+        back += _brought_back(tier, answer)
+    assert back[2:].all()
     with_images = [one for one in footprints if one.num_visual]
     visual = sum(one.num_visual for one in with_images)
     kept = [sum(of_stage) for of_stage in zip(*(one.kept for one in with_images), strict=True)]
@@ -134,9 +168,24 @@ def test_metrics_count_what_was_asked(server: LocalServer, client: openai.OpenAI
             for what, number in (("seen", visual), ("kept", k), ("deferred", visual - k))
             if number
         },
+        **{
+            ("vllm:reroute_visual_tokens_brought_back_total", str(stage)): number
+            for stage, number in enumerate(back)
+            if number
+        },
         ("vllm:reroute_kv_bytes_allocated_total",): held,
         ("vllm:reroute_kv_bytes_saved_total",): sum(one.dense_bytes for one in with_images) - held,
     }
+
+
+def _brought_back(tier: int, answer: Any) -> list[int]:
+    """Visual tokens that each stage got back, by what the answer says of every stage."""
+    told = answer.choices[0].routed_experts
+    if told is None:
+        return [0] * 5
+    schedule = RerouteOptions(schedule="pdrop", tier=tier).resolve(TINY.text_layers)
+    trace = trace_of(told, schedule, len(answer.prompt_token_ids))
+    return [stage.num_brought_back for stage in stages_of(trace)]
 
 
 def _footprint(server: LocalServer, tier: int, num_images: int, answer: Any) -> RequestFootprint:

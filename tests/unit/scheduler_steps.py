@@ -8,6 +8,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_reroute.plan import decided_turn
 from vllm_reroute.schedule import RoutingSchedule, is_routed
 
 from .parts import feature, kv_cache_config, make_request
@@ -94,11 +95,12 @@ class Steps:
         self.check()
         return dict(output.num_scheduled_tokens)
 
-    def answer(self):
-        """Hand the oldest step's tokens to the scheduler."""
+    def answer(self, decided=None):
+        """Hand the oldest step's tokens to the scheduler, and what it has decided, by request id."""
         output, sampled = self.in_flight.popleft()
         places = {name: i for i, name in enumerate(sampled)}
         runner_output = ModelRunnerOutput([*sampled], places, [*sampled.values()])
+        decided_turn.send(runner_output, decided or {})
         return self.scheduler.update_from_output(output, runner_output)
 
     def check(self):

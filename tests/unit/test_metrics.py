@@ -60,9 +60,9 @@ class Watched(Steps):
         self.stages = [m for m in managers if m is not self.scheduler.parked_pages]
         self.block_bytes = managers[0].kv_cache_spec.page_size_bytes
 
-    def answer(self):
+    def answer(self, decided=None):
         self.now += 1
-        outputs = super().answer()
+        outputs = super().answer(decided)
         (stats,) = (of.scheduler_stats for of in outputs.values() if of.scheduler_stats)
         self.collect(stats)
         return outputs

@@ -36,6 +36,7 @@ def test_a_request_that_says_nothing_gets_what_the_engine_does(extra_args):
         ({"schedule": "pdrop", "tier": 128}, PDROP, (0.2655, 0.2655, 0.1328, 0.0664)),
         ({"schedule": "pdrop"}, PDROP, PDROP.keep),
         ({"keep": [0.2, 0.8]}, OWN, (0.2, 0.8)),
+        ({"explain": "scores"}, PDROP, PDROP.keep),
         ({"schedule": "none"}, OWN, (1.0, 1.0)),
         # What has been removed does not come back.
         ({"keep": [0.2, 0.8, 0.1, 0.5]}, REMOVE, (0.2, 0.2, 0.1, 0.1)),
@@ -58,6 +59,11 @@ def test_both_spellings_choose_alike(options, schedule, keep):
             "'action'.*cannot be chosen by a request. Allowed: tier, budget",
         ),
         ({"layers": [2, 5]}, PDROP, "'layers'.*Allowed"),
+        ({"explain": "all"}, PDROP, "reroute_explain 'all'.*Allowed: true.*'scores'.*Leave it out"),
+        ({"explain": 2}, PDROP, "reroute_explain 2 is unknown"),
+        ({"explain": ["scores"]}, PDROP, "is unknown"),
+        ({"explain": True, "tier": 64}, NUWA, "the vision encoder decides first"),
+        ({"tier": 0}, NUWA, "the vision encoder decides first"),
         ({"typo": 1}, PDROP, "'typo'.*Allowed"),
         ({"schedule": "fastv"}, PDROP, "reroute_schedule 'fastv' is not what.*'pdrop'.*'none'"),
         ({"tier": 100}, PDROP, "reroute_tier 100 is unknown. Choose one of: 192, 128, 64"),
@@ -80,6 +86,18 @@ def test_what_cannot_be_honoured_is_refused(options, schedule, told):
         with pytest.raises(ValueError) as error:
             RequestOptions.of(extra_args).applied(schedule)
         assert re.search(told, str(error.value)), error.value
+
+
+@pytest.mark.parametrize(
+    "said,asked",
+    # JSON's true and false arrive as numbers in `vllm_xargs`.
+    [(True, True), (1, True), (False, False), (0, False), (None, False), ("scores", "scores")],
+)
+@pytest.mark.parametrize("schedule", [PDROP, NUWA])
+def test_a_request_that_wants_to_be_told_changes_nothing(said, asked, schedule):
+    for extra_args in both_spellings({"explain": said}):
+        options = RequestOptions.of(extra_args)
+        assert options.explain is asked and options.applied(schedule) is schedule
 
 
 @pytest.mark.parametrize("asked", ["rerank", "keep", None])

@@ -297,13 +297,12 @@ def test_v2_hands_the_step_to_build(model, run, state):
 @pytest.mark.parametrize("history", [{}, {"history": "keep", "marker": (4, 5, 4)}], ids=str)
 def test_v2_warms_up_every_stage_once_and_leaves_nothing(model, run, state, monkeypatch, history):
     """Not in a dummy run, which vLLM may be measuring."""
-    before, seen = model.pool.clone(), []
+    before = model.pool.clone()
     key_pages._FOUND.clear()
     # With it a step writes parked states, too.
     monkeypatch.setattr(model.config.cache_config, "enable_prefix_caching", True)
     state._is_warm = False
     monkeypatch.setattr(model.decoder, "schedule", replace(model.schedule, **history))
-    model.decoder.observer = seen.append
     state.add_request(0, new_request("text"))
     prepare(model, run, state, v2_batch(None, [0], [5]))
     assert not key_pages._FOUND
@@ -318,11 +317,11 @@ def test_v2_warms_up_every_stage_once_and_leaves_nothing(model, run, state, monk
             plan = plan_in(prepare(model, run, state, v2_batch(["text"], [0], [5])))
             assert ran == {0: 2, 1: 2, 2: 2}, "one prompt at once, and one in two chunks"
     finally:
-        model.decoder._runs, model.decoder.observer = run_stage, None
+        model.decoder._runs = run_stage
     assert key_pages._FOUND, "the layout of keys has been looked up"
     assert plan.boundary is None and plan.num_tokens == 5, "the step is the runner's own"
     assert torch.equal(model.pool, before)
-    assert not seen, "nobody is told"
+    assert model.decoder.take_decisions() is None, "nobody is told"
 
 
 def test_a_run_without_metadata_takes_room_for_the_tables(model, monkeypatch):

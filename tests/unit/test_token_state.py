@@ -1,12 +1,16 @@
-"""A step's tokens through its decisions, against a reader who keeps a dictionary of tokens."""
+"""A step's tokens through its decisions, and what is told of them, against a reader who keeps a
+dictionary of tokens."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from vllm_reroute.routing.step_decisions import StepDecisions
 from vllm_reroute.routing.token_state import TokenState
 from vllm_reroute.schedule import RerouteOptions
 
@@ -36,6 +40,7 @@ class Reader:
             for i, r in enumerate(batch)
             if r.routing and r.computed < r.routing.num_prompt <= r.end
         ]
+        self.noted = {}
 
     def is_visual(self, row):
         request, place = self.tokens[row]
@@ -74,6 +79,33 @@ class Reader:
             running += best[: self.batch[request].routing.kept[stage]]
         return sorted(running)
 
+    def visual_of(self, request, rows):
+        return [row for row in rows if self.tokens[row][0] == request and self.is_visual(row)]
+
+    def note(self, stage, running, scores):
+        """Remember who runs a stage, and, unless all candidates do, what they were ranked by."""
+        ranked = {row: scores[row] for row in self.alive} if running != self.alive else {}
+        self.noted[stage] = set(running), ranked
+
+    def check_told(self, request, turn):
+        routing = self.batch[request].routing
+        rows = self.visual_of(request, range(len(self.tokens)))
+        stages = range(len(self.schedule.stages))
+        runs = [[s not in self.noted or row in self.noted[s][0] for s in stages] for row in rows]
+        back = [sum(r[s] and not all(r[:s]) for r in runs) for s in stages]
+        assert (turn.end, list(turn.brought_back)) == (routing.num_prompt, back)
+        if routing.explain != "scores":
+            assert turn.told is None if not routing.explain else turn.told.tolist() == runs
+            return
+        scores = [[self.noted.get(s, ((), {}))[1].get(row, np.nan) for s in stages] for row in rows]
+        np.testing.assert_array_equal(turn.told, np.stack((runs, scores), axis=-1))
+
+
+def wanting(rng, going):
+    """The same request, which wants to be told something or nothing."""
+    explain = rng.choice((False, True, "scores"))
+    return replace(going, routing=going.routing and replace(going.routing, explain=explain))
+
 
 @pytest.mark.parametrize("three", [False, True], ids=["positions", "three positions"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -86,7 +118,7 @@ def check_step(schedule, three, seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     while True:
-        batch = random_batch(rng, schedule, KINDS)
+        batch = [wanting(rng, going) for going in random_batch(rng, schedule, KINDS)]
         plan = plan_of(batch, schedule)
         if plan.prefills:
             break
@@ -94,7 +126,7 @@ def check_step(schedule, three, seed):
     stream = torch.randn(count, HIDDEN)
     positions = torch.randint(99, (3, count) if three else (count,))
     reader = Reader(batch, schedule, stream)
-    state = TokenState(plan, stream.clone(), positions)
+    state, decisions = TokenState(plan, stream.clone(), positions), StepDecisions(plan)
     assert len(reader.tokens) == count
 
     for decision in schedule.decisions:
@@ -106,8 +138,10 @@ def check_step(schedule, three, seed):
         scores = [float(rng.randint(0, 4)) for _ in range(count)]
         state.scores = reader.table(scores)
         assert state.prompts(stage).width == state.scores.shape[1]
-        state.choose(stage, removes=decision.removes)
+        choice = state.choose(stage, removes=decision.removes)
+        decisions.add(choice, removes=decision.removes)
         running = reader.chosen(scores, stage)
+        reader.note(stage, running, scores)
         assert state.running.rows.tolist() == running
         assert len(running) == plan.stages[stage].num_tokens
         assert torch.equal(state.running.positions, positions[..., running])
@@ -123,6 +157,10 @@ def check_step(schedule, three, seed):
             hidden, residual = torch.randn(2, len(running), HIDDEN)
             state.hidden, state.residual = hidden, residual
             reader.stream.update(zip(running, (hidden + residual).unbind(), strict=True))
+    turns = decisions.to_host().turns()
+    assert sorted(turns) == reader.deciding
+    for request, turn in turns.items():
+        reader.check_told(request, turn)
 
 
 def test_waiting_tokens_come_back_unchanged():

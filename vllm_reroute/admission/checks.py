@@ -62,6 +62,27 @@ def check_options(
         ) from error
 
 
+def check_can_tell(request: Any, extra_args: Mapping[str, Any] | None) -> None:
+    """Refuse to explain decisions in an answer that has no room for it.
+
+    request: of the HTTP API, whose options are in order.
+    """
+    options = RequestOptions.of(extra_args)
+    if options is None or not options.explain:
+        return
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    whole = isinstance(request, ChatCompletionRequest) and not request.stream
+    if not whole:
+        raise VLLMValidationError(
+            f"reroute_explain {options.explain!r} cannot be answered here: in vLLM's API only chat "
+            "completions that are not streamed have a field for it. Leave stream out and ask "
+            "/v1/chat/completions, or leave reroute_explain out.",
+            parameter="reroute_explain",
+            value=options.explain,
+        )
+
+
 def has_images(modalities: Collection[str]) -> bool:
     """Whether a prompt with these modalities has visual tokens."""
     return any(modality in VISUAL_MODALITIES for modality in modalities)

@@ -34,6 +34,7 @@ async def _preprocess_chat(
     if is_routed(vllm_config):
         from vllm_reroute.admission.checks import (
             check_asked,
+            check_can_tell,
             check_options,
             check_turns,
             has_images,
@@ -41,6 +42,7 @@ async def _preprocess_chat(
 
         extra_args = getattr(request, "vllm_xargs", None)
         schedule = check_options(extra_args, RoutingSchedule.of(vllm_config))
+        check_can_tell(request, extra_args)
         for one in engine_inputs:
             places = one.get("mm_placeholders", {})
             if has_images(places):

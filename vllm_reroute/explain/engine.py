@@ -43,12 +43,6 @@ def parsed_engine_flags(question: Question) -> EngineArgs:
     parser.set_defaults(limit_mm_per_prompt=limits, **DEFAULTS)
     args = parser.parse_args(["--model", question.model, *question.engine_flags])
     engine_args = EngineArgs.from_cli_args(args)
-    ranks = engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size
-    if ranks > 1:
-        raise ValueError(
-            f"--tensor-parallel-size {engine_args.tensor_parallel_size}: explain runs one engine on "
-            "one device. Allowed: 1. Leave it out."
-        )
     if CONFIG_KEY in (engine_args.additional_config or {}):
         raise ValueError(
             f"--additional-config with a {CONFIG_KEY!r} entry: explain takes reroute options as flags. "
@@ -57,7 +51,9 @@ def parsed_engine_flags(question: Question) -> EngineArgs:
     return engine_args
 
 
-def answered(llm: LLM, question: Question) -> RequestOutput:
+def answered(
+    llm: LLM, question: Question, extra_args: dict[str, Any] | None = None
+) -> RequestOutput:
     """The request, asked as one user message in the model's chat template, answered greedily."""
     from transformers import AutoProcessor
     from vllm import SamplingParams
@@ -79,7 +75,7 @@ def answered(llm: LLM, question: Question) -> RequestOutput:
         ]
     (output,) = llm.generate(
         {"prompt": prompt, "multi_modal_data": data},
-        SamplingParams(temperature=0, max_tokens=question.max_tokens),
+        SamplingParams(temperature=0, max_tokens=question.max_tokens, extra_args=extra_args),
         use_tqdm=False,
         # The template has written the first token already, as vLLM's server takes it.
         tokenization_kwargs={"add_special_tokens": False},

@@ -56,11 +56,11 @@ class Explanation:
     dense_answer: str
 
     def __post_init__(self) -> None:
-        placed = tuple(len(patches) for patches in self.patches)
-        if placed != self.trace.sizes:
+        placed = sum(map(len, self.patches))
+        if placed != self.trace.num_visual:
             raise ValueError(
-                f"the engine gave these pictures {_listed(self.trace.sizes)} visual tokens, the "
-                f"model's own processor {_listed(placed)}, so they cannot be placed. Leave out engine "
+                f"the engine gave these pictures {self.trace.num_visual} visual tokens, the model's "
+                f"own processor {placed}, so they cannot be placed. Leave out engine "
                 "flags that change how pictures are prepared, such as --mm-processor-kwargs."
             )
 
@@ -157,7 +157,3 @@ def _frames(picture: Picture, panel: Panel) -> str:
     first, last = panel.first_frame + 1, panel.end_frame
     frames = f"frame {first}" if first == last else f"frames {first}-{last}"
     return f"{frames} of {len(picture.frames)}"
-
-
-def _listed(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers))

@@ -5,9 +5,13 @@ Visual tokens are numbered 0 … N - 1 in prompt order, through all images and v
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
+from io import BytesIO
 
 import numpy as np
+
+from vllm_reroute.schedule import RoutingSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +21,7 @@ class TracedDecision:
     layer, end_layer: decoder layers of the stage, the first inclusive, the last exclusive.
     kept: [k] int64, ascending indices of the visual tokens that run in it.
     scores: [N] fp32, higher is kept, NaN where a token was no longer a candidate; None where
-    nothing was ranked because all candidates run.
+    nothing was ranked because all candidates run, or nobody asked.
     """
 
     layer: int
@@ -30,13 +34,11 @@ class TracedDecision:
 class RoutingTrace:
     """All decisions of one request.
 
-    num_prompt: prompt tokens, visual ones included. num_visual: N. sizes: visual tokens of each
-    image and video, in prompt order. decisions: by layer, ascending.
+    num_prompt: prompt tokens, visual ones included. num_visual: N. decisions: by layer, ascending.
     """
 
     num_prompt: int
     num_visual: int
-    sizes: tuple[int, ...]
     decisions: tuple[TracedDecision, ...]
 
 
@@ -83,6 +85,34 @@ class TracedStage:
         ranks = np.zeros(len(self.scores), dtype=np.int64)
         ranks[best_first] = np.arange(1, len(best_first) + 1)
         return ranks
+
+
+def trace_of(told: np.ndarray | str, schedule: RoutingSchedule, num_prompt: int) -> RoutingTrace:
+    """The decisions of a request that asked to be told them.
+
+    told: `routed_experts` of its answer, from Python or as HTTP has it. schedule: the engine's;
+    a budget of the request's own changes nothing of it that matters here. num_prompt: prompt tokens.
+    """
+    if isinstance(told, str):
+        told = np.load(BytesIO(base64.b64decode(told)))
+    scored = told.ndim == 3
+    runs = told[..., 0] == 1 if scored else told
+    decisions = []
+    for number, stage in enumerate(schedule.stages):
+        if number == 0 and schedule.encoder_ratio is None:
+            continue
+        scores = told[:, number, 1].copy() if scored else None
+        if scores is not None and np.isnan(scores).all():
+            scores = None
+        decisions.append(
+            TracedDecision(
+                layer=stage.first_layer,
+                end_layer=stage.end_layer,
+                kept=np.flatnonzero(runs[:, number]),
+                scores=scores,
+            )
+        )
+    return RoutingTrace(num_prompt=num_prompt, num_visual=len(told), decisions=tuple(decisions))
 
 
 def stages_of(trace: RoutingTrace) -> tuple[TracedStage, ...]:

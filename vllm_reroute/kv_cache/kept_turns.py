@@ -49,6 +49,9 @@ class KeptTurns:
         keys, turns = self._keys_of(request, routing), routing.turns
         found = [self._full_blocks(stage, keys) for stage in self._stages]
         most = request.num_tokens - 1
+        if routing.explain:
+            # What a turn keeps is in no cache: all of them are decided again.
+            most = min(most, turns.turns[0].begin)
         hit = min(
             most,
             *(self._reach(m, routing, own) for m, own in zip(self._stages, found, strict=True)),

@@ -7,11 +7,15 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_reroute.admission.engine_core import ENGINE_CORE
+from vllm_reroute.kv_cache.decided_turns import DecidedTurns
 from vllm_reroute.kv_cache.decode_blocks import DecodeBlocks
 from vllm_reroute.kv_cache.engine_report import engine_report
 from vllm_reroute.kv_cache.kept_turns import KeptTurns
@@ -23,6 +27,7 @@ from vllm_reroute.logger import reroute_logger
 from vllm_reroute.metrics import carrier
 from vllm_reroute.metrics.counting import RoutingCounts
 from vllm_reroute.plan.chunks import LAST_TOKENS, prefill_chunk
+from vllm_reroute.plan.decided_turn import turns_of
 from vllm_reroute.schedule import RoutingSchedule
 
 logger = reroute_logger(__name__)
@@ -64,6 +69,7 @@ class RoutedSchedulerMixin:
             block_bytes=self.parked_pages.kv_cache_spec.page_size_bytes,
             parked_blocks=self.parked_pages.num_held,
         )
+        self.decided_turns = DecidedTurns(self.requests, self.counts)
         self._record_stock = self.kv_cache_manager.record_prefix_cache_stats
         self.kv_cache_manager.record_prefix_cache_stats = self._record_prefix_cache_stats
         self._deciding = 0, 0
@@ -81,6 +87,14 @@ class RoutedSchedulerMixin:
                 self.kept_turns.offer(self.requests[request_id])
         self.counts.scheduled(output)
         return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        self.decided_turns.take(turns_of(model_runner_output))
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self.decided_turns.tell(outputs)
+        return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
@@ -157,6 +171,7 @@ class RoutedSchedulerMixin:
             if self.live.schedule.marker and self.live.offers_parked:
                 self.kept_turns.ended(request)
             self.counts.finished(request)
+            self.decided_turns.forget(request)
         self.decode_blocks.forget(request)
         self.kept_turns.forget(request)
         managers = self.kv_cache_manager.coordinator.single_type_managers

@@ -81,6 +81,13 @@ DEFERRED = Metric(
     labels=("stage",),
     values=_stages,
 )
+BROUGHT_BACK = Metric(
+    name="vllm:reroute_visual_tokens_brought_back",
+    kind=Kind.COUNTER,
+    help="Number of visual tokens that run a stage although an earlier one has deferred them.",
+    labels=("stage",),
+    values=_stages,
+)
 KV_ALLOCATED = Metric(
     name="vllm:reroute_kv_bytes_allocated",
     kind=Kind.COUNTER,
@@ -129,6 +136,7 @@ METRICS = (
     SEEN,
     KEPT,
     DEFERRED,
+    BROUGHT_BACK,
     KV_ALLOCATED,
     KV_SAVED,
     PREFIX_CACHE,

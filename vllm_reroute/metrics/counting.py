@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from vllm.v1.request import Request
 
 from vllm_reroute.metrics.catalogue import (
     ALL_STAGES,
+    BROUGHT_BACK,
     DEFERRED,
     FIRST_STAGE,
     IN_CHUNKS,
@@ -96,6 +97,12 @@ class RoutingCounts:
                 if request_id not in self._decided:
                     self._decided.add(request_id)
                     self._decide(request, routing)
+
+    def brought_back(self, of_stages: Sequence[int]) -> None:
+        """A turn of a request has been decided: [stages], how many tokens each has got back."""
+        for stage, count in enumerate(of_stages):
+            if count:
+                self._counted[BROUGHT_BACK.series(str(stage))] += count
 
     def finished(self, request: Request) -> None:
         """A request ends; it still knows how far it has come."""

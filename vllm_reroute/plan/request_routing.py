@@ -17,7 +17,7 @@ import numpy as np
 from vllm_reroute.plan.turns import Turn, Turns, cut_at_markers
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.schedule import RoutingSchedule
-from vllm_reroute.schedule.request_options import RequestOptions
+from vllm_reroute.schedule.request_options import Explain, RequestOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,7 @@ class RequestRouting:
     they run like text and are cached like text, in all stages.
     dense_stages: stages before the first decision, 1 or 0: they run every token.
     keeps_turns: whether what finished turns have kept stays, see `Turns`.
+    explain: what it wants to be told of its decisions, see `Explain`.
     """
 
     spans: VisualSpans
@@ -39,6 +40,7 @@ class RequestRouting:
     text_prefix: int
     dense_stages: int
     keeps_turns: bool
+    explain: Explain
 
     @classmethod
     def of(
@@ -77,6 +79,7 @@ class RequestRouting:
             text_prefix=text_prefix,
             dense_stages=int(schedule.encoder_ratio is None),
             keeps_turns=keeps_turns,
+            explain=options is not None and options.explain,
         )
 
     @property

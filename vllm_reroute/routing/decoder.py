@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -22,7 +22,8 @@ from vllm_reroute.routing.scorers import Scorer, ScoringLayer
 from vllm_reroute.routing.scorers.attention import LAST_TOKEN, ScoringRule
 from vllm_reroute.routing.scorers.scorer import check_scores
 from vllm_reroute.routing.stage import build_stage
-from vllm_reroute.routing.token_state import Choice, TokenState
+from vllm_reroute.routing.step_decisions import StepDecisions
+from vllm_reroute.routing.token_state import TokenState
 from vllm_reroute.schedule import RoutingSchedule, Stage
 from vllm_reroute.schedule.published import SCORERS
 
@@ -32,7 +33,7 @@ class RoutedDecoder(nn.Module):
 
     layers: the decoder's layers, called as `layer(positions, hidden, residual)`. norm: its final
     norm. scoring: the rows its decisions are scored by. A step in which every token runs all stages
-    is an ordinary loop over all layers. observer: told of every decision; nobody, unless asked for.
+    is an ordinary loop over all layers.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class RoutedDecoder(nn.Module):
         self.tables = route_attention(attentions, schedule)
         self._config = vllm_config
         self._hand_over = StageHandover(vllm_config, hidden_size)
-        self.observer: Callable[[Choice], None] | None = None
+        self._decisions: StepDecisions | None = None
         # In tuples: these modules belong to the language model and load their weights there.
         self._parked = (parked,)
         self._norm = (norm,)
@@ -107,6 +108,11 @@ class RoutedDecoder(nn.Module):
         with without_graphs():
             return self._run_routed(hidden_states, positions, additions, encoder_scores, plan)
 
+    def take_decisions(self) -> StepDecisions | None:
+        """What the last step decided; None where nothing was, or somebody has taken it already."""
+        decisions, self._decisions = self._decisions, None
+        return decisions
+
     def _current_plan(self) -> StepPlan | None:
         """The plan travels with the metadata of the step that is really running."""
         metadata = get_forward_context().attn_metadata
@@ -153,6 +159,7 @@ class RoutedDecoder(nn.Module):
         tokens, scores = self._cross_boundary(stream, positions, encoder_scores, exchange, plan)
         if tokens is None:
             return output
+        self._decisions = StepDecisions(plan) if plan.prefills else None
         for piece, run in pieces:
             self._decide(tokens, piece.first_layer, scores)
             self._run(tokens, run, piece)
@@ -218,8 +225,7 @@ class RoutedDecoder(nn.Module):
                 assert encoder_scores is not None, "images without the encoder's decision"
                 tokens.scores = prompt_scores(encoder_scores, tokens.prompts(stage))
             choice = tokens.choose(stage, removes=decision.removes)
-            if self.observer is not None:
-                self.observer(choice)
+            self._decisions.add(choice, removes=decision.removes)
 
     def _run(self, tokens: TokenState, run: nn.Module, piece: Stage) -> None:
         """Run layers on the tokens chosen, some rows after the others where they are very many."""

@@ -82,14 +82,10 @@ class WarmUp:
             self.planner.schedule,
             self.planner.block_size,
         )
-        decoder = self.model.routed_decoder
-        observer, decoder.observer = decoder.observer, None
-        try:
-            # The second one reads back what waits in pages, and keys of text before the image.
-            for computed in (0, before + num_visual // 2):
-                self._step(routing, computed, num_prompt - computed)
-        finally:
-            decoder.observer = observer
+        # The second one reads back what waits in pages, and keys of text before the image.
+        for computed in (0, before + num_visual // 2):
+            self._step(routing, computed, num_prompt - computed)
+            self.model.routed_decoder.take_decisions()
         logger.info("warmed up all stages with an image of %d visual tokens", num_visual)
 
     def _step(self, routing: RequestRouting, computed: int, scheduled: int) -> None:

@@ -1,4 +1,5 @@
-"""The reroute options of one request: how much of its images each stage keeps, and for how long."""
+"""The reroute options of one request: how much of its images each stage keeps, for how long, and
+whether it wants to be told."""
 
 from __future__ import annotations
 
@@ -19,7 +20,13 @@ KEY = "reroute"
 PREFIX = "reroute_"
 """The same options one by one, for HTTP's `vllm_xargs`, which carries no dictionaries."""
 
-ALLOWED = ("tier", "budget", "keep", "schedule", "history")
+ALLOWED = ("tier", "budget", "keep", "schedule", "history", "explain")
+
+SCORES = "scores"
+
+Explain = bool | str
+"""What a request wants to be told of its decisions: nothing (False), what every stage kept (True), or
+`SCORES`, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +35,7 @@ class RequestOptions:
 
     tier, budget: as for the engine. keep: one ratio per decision layer of the engine. schedule: the
     engine's own name, or `none`: every visual token runs everywhere. history: as for the engine.
+    explain: what the answer shall say of the decisions.
     """
 
     tier: int | None = None
@@ -35,6 +43,7 @@ class RequestOptions:
     keep: tuple[float, ...] | None = None
     schedule: str | None = None
     history: str | None = None
+    explain: Explain = False
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> RequestOptions | None:
@@ -58,6 +67,7 @@ class RequestOptions:
             keep=_keep(given.get("keep")),
             schedule=given.get("schedule"),
             history=given.get("history"),
+            explain=_explain(given.get("explain")),
         )
         check_choice("history", options.history, HISTORIES)
         options._check_alone(given)
@@ -68,6 +78,8 @@ class RequestOptions:
 
         Raises ValueError for a request the engine cannot honour.
         """
+        if not self.chooses:
+            return schedule
         history = self.history or schedule.history
         if history == "keep" and not schedule.marker:
             raise ValueError(
@@ -76,6 +88,12 @@ class RequestOptions:
                 "--reroute-turn-marker and the text with which a prompt asks the assistant to speak."
             )
         return replace(schedule, keep=self.keep_ratios(schedule), history=history)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether anything of the engine's schedule is to be another."""
+        choices = (self.tier, self.budget, self.keep, self.schedule, self.history)
+        return any(choice is not None for choice in choices)
 
     def keep_ratios(self, schedule: RoutingSchedule) -> tuple[float, ...]:
         """Keep ratios of this request in an engine of that schedule, one per decision layer.
@@ -158,6 +176,18 @@ def _given(extra_args: Mapping[str, Any]) -> dict[str, Any]:
                 )
             given[option] = value
     return given
+
+
+def _explain(value: Any) -> Explain:
+    """Raises ValueError for what is neither yes, no nor `SCORES`."""
+    # In `vllm_xargs` JSON's true and false arrive as 1 and 0.
+    known = {None: False, False: False, True: True, SCORES: SCORES}
+    if not isinstance(value, bool | int | float | str | None) or value not in known:
+        raise ValueError(
+            f"reroute_explain {value!r} is unknown. Allowed: true for the visual tokens every stage "
+            f"kept, {SCORES!r} for what they were ranked by, too. Leave it out for neither."
+        )
+    return known[value]
 
 
 def _keep(value: Any) -> tuple[float, ...] | None:

@@ -14,6 +14,7 @@ from vllm_reroute.families.deepstack import first_decision_layer
 from vllm_reroute.models.architecture import RoutedArchitecture
 from vllm_reroute.nuwa.requirements import check_encoder_options
 from vllm_reroute.plan.capacity import bounded_block_size
+from vllm_reroute.runners.worker import routed_worker
 from vllm_reroute.schedule import CONFIG_KEY, SCHEDULE_KEY, RerouteOptions
 from vllm_reroute.startup.attention_backend import choose_attention_backend
 from vllm_reroute.startup.calibrated import with_calibration
@@ -68,6 +69,8 @@ def configure_routing(vllm_config: VllmConfig, options: RerouteOptions) -> VllmC
     additional[CONFIG_KEY] = options.to_mapping()
     additional[SCHEDULE_KEY] = schedule.to_dict()
     vllm_config.additional_config = additional
+    parallel = vllm_config.parallel_config
+    parallel.worker_cls = routed_worker(parallel.worker_cls)
     choose_attention_backend(vllm_config)
     _choose_block_size(vllm_config)
     check_config(vllm_config)

@@ -41,6 +41,12 @@ SEAMS = (
     Seam("vllm.v1.core.sched.scheduler", "Scheduler._free_request_blocks", ("self", "request")),
     Seam("vllm.v1.core.sched.scheduler", "Scheduler.make_stats", ("self", "spec_decoding_stats")),
     Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.update_from_output",
+        ("self", "scheduler_output", "model_runner_output"),
+    ),
+    Seam("vllm.v1.worker.worker_base", "WorkerBase.sample_tokens", ("self", "grammar_output")),
+    Seam(
         "vllm.v1.core.kv_cache_manager",
         "KVCacheManager.record_prefix_cache_stats",
         ("self", "request", "num_hits"),

@@ -1,0 +1,52 @@
+"""What a worker tells the scheduler, once a turn has been decided.
+
+It travels in `ModelRunnerOutput.aux_output_connector_output`, vLLM's field for what else a step
+leaves per request. What fills it in vLLM is the routing of experts, which no routed model has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from vllm.v1.outputs import ModelRunnerOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecidedTurn:
+    """The outcome of all decisions on one turn of a request.
+
+    end: the turn's, see `Turn`. brought_back: [stages], visual tokens that run a stage although an
+    earlier one has deferred them. told: what the request asked to be told, None if it did not: bool
+    [visual tokens of the turn, stages], which of them run; where it wants scores, too, fp32 [visual
+    tokens, stages, 2], 1 or 0 for that and what the stage's decision ranked it by, NaN where it was
+    no candidate or nothing was ranked.
+    """
+
+    end: int
+    brought_back: tuple[int, ...]
+    told: np.ndarray | None
+
+
+def send(output: ModelRunnerOutput, turns: Mapping[str, DecidedTurn]) -> None:
+    """Let what a step has decided, by request id, travel with its output."""
+    output.aux_output_connector_output = dict(turns)
+
+
+def turns_of(output: ModelRunnerOutput) -> Mapping[str, DecidedTurn]:
+    """By request id; none of a step that has decided nothing."""
+    return output.aux_output_connector_output or {}
+
+
+def brought_back(runs: np.ndarray) -> np.ndarray:
+    """bool [visual tokens, stages]: who runs a stage although an earlier one has deferred it.
+
+    runs: bool [visual tokens, stages], who runs.
+    """
+    deferred_before = np.zeros_like(runs)
+    np.logical_or.accumulate(~runs[:, :-1], axis=1, out=deferred_before[:, 1:])
+    return runs & deferred_before

@@ -1,0 +1,118 @@
+"""What the decisions of one step chose: gathered on the device, read on the host once it is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_reroute.plan.decided_turn import DecidedTurn, brought_back
+from vllm_reroute.plan.step_plan import ImagePrefill, StepPlan
+from vllm_reroute.routing.prompt_rows import PromptRows
+from vllm_reroute.routing.token_state import Choice
+from vllm_reroute.schedule.request_options import SCORES
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """One decision: for which stage, among whom, by what.
+
+    among: number of the decision whose kept tokens were its candidates; None for all of the step's.
+    prompts: where scores are, of requests that want to be told them.
+    """
+
+    stage: int
+    among: int | None
+    prompts: PromptRows | None
+
+
+class StepDecisions:
+    """The decisions of a step, in order."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        self.plan = plan
+        self._wants_scores = any(p.routing.explain == SCORES for p in plan.prefills)
+        self._decisions: list[_Decision] = []
+        self._kept: list[torch.Tensor] = []
+        self._scores: list[torch.Tensor] = []
+        self._among: int | None = None
+
+    def add(self, choice: Choice, *, removes: bool) -> None:
+        """Note what was chosen. removes: whether only that can be chosen from now on."""
+        rows = choice.running.rows
+        kept = torch.zeros(choice.plan.candidates.num_tokens, dtype=torch.bool, device=rows.device)
+        self._kept.append(kept.index_fill_(0, rows, True))
+        scored = self._wants_scores and choice.scores is not None
+        if scored:
+            self._scores.append(choice.scores)
+        self._decisions.append(
+            _Decision(choice.stage, self._among, choice.prompts if scored else None)
+        )
+        if removes:
+            self._among = len(self._decisions) - 1
+
+    def to_host(self) -> HostDecisions:
+        """Begin to copy, behind all work that is under way; nothing waits for it."""
+        kept = torch.stack(self._kept)
+        copied = None
+        # Copies that do not block go to pinned memory.
+        host = [part.to("cpu", non_blocking=True) for part in (kept, *self._scores)]
+        if kept.device.type != "cpu":
+            copied = torch.Event(device=kept.device.type)
+            copied.record()
+        return HostDecisions(self.plan, self._decisions, host, copied)
+
+
+class HostDecisions:
+    """The same, on its way to the host."""
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        decisions: list[_Decision],
+        host: list[torch.Tensor],
+        copied: torch.Event | None,
+    ) -> None:
+        """host: bool [decisions, candidates], who runs; then scores [requests, width] of decisions
+        that have any. copied: when all of it is there; None if it is."""
+        self._plan, self._decisions, self._copied = plan, decisions, copied
+        self._kept, *self._scores = host
+
+    def turns(self) -> dict[int, DecidedTurn]:
+        """By the request's row in the step's batch. Waits until the copies are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        kept, scores = self._kept.numpy(), [part.numpy() for part in self._scores]
+        return {
+            prefill.index: self._turn(number, prefill, kept, scores)
+            for number, prefill in enumerate(self._plan.prefills)
+        }
+
+    def _turn(
+        self, number: int, prefill: ImagePrefill, kept: np.ndarray, scores: list[np.ndarray]
+    ) -> DecidedTurn:
+        # What follows the turn in the same step is not decided about.
+        rows = slice(prefill.start, prefill.start + prefill.num_turn_rows)
+        visual = prefill.routing.spans.mask(prefill.turn.end)[prefill.first :]
+        kept = kept[:, rows]
+        runs = np.ones((prefill.turn.size, len(self._plan.stages)), dtype=bool)
+        runs[:, [d.stage for d in self._decisions]] = kept[:, visual].T
+        told = None
+        if prefill.routing.explain:
+            told = runs
+        if prefill.routing.explain == SCORES:
+            ranked = np.full(runs.shape, np.nan, dtype=np.float32)
+            ranks = iter(scores)
+            for decision in self._decisions:
+                if decision.prompts is not None:
+                    begin, end = decision.prompts.num_cached[number], decision.prompts.lens[number]
+                    of_rows = next(ranks)[number, begin:end]
+                    here = np.ones_like(visual) if decision.among is None else kept[decision.among]
+                    ranked[here[visual], decision.stage] = of_rows[visual[here]]
+            told = np.stack((runs.astype(np.float32), ranked), axis=-1)
+        return DecidedTurn(
+            end=prefill.turn.end,
+            brought_back=tuple(brought_back(runs).sum(axis=0).tolist()),
+            told=told,
+        )

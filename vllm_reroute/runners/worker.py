@@ -1,0 +1,67 @@
+"""The worker of a routed engine: vLLM's own, whose outputs also say what has been decided.
+
+Both model runners return their outputs through `Worker.sample_tokens`, so this serves both.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from vllm_reroute.plan.decided_turn import send
+
+if TYPE_CHECKING:
+    from vllm_reroute.routing.step_decisions import HostDecisions
+
+_DOT = "/"
+"""Stands for a dot in a name that must be an attribute of this module."""
+
+
+def routed_worker(worker_cls: str) -> str:
+    """`--worker-cls` of a routed engine, from the class that serves the platform."""
+    return f"{__name__}.{worker_cls.replace('.', _DOT)}"
+
+
+class RoutedWorker:
+    """Mixin in front of a worker class of vLLM's."""
+
+    def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+        output = super().sample_tokens(grammar_output)
+        decisions = self.get_model().routed_decoder.take_decisions()
+        if decisions is None:
+            return output
+        copied = decisions.to_host()
+        if isinstance(output, AsyncModelRunnerOutput):
+            return DecidedOutput(output, copied)
+        return _with(output, copied)
+
+
+class DecidedOutput(AsyncModelRunnerOutput):
+    """The output of a step that decides, while the device may still be at it."""
+
+    def __init__(self, stock: AsyncModelRunnerOutput, decisions: HostDecisions) -> None:
+        self._stock, self._decisions = stock, decisions
+
+    def get_output(self) -> ModelRunnerOutput:
+        return _with(self._stock.get_output(), self._decisions)
+
+
+def _with(output: ModelRunnerOutput, decisions: HostDecisions) -> ModelRunnerOutput:
+    send(output, {output.req_ids[row]: turn for row, turn in decisions.turns().items()})
+    return output
+
+
+@cache
+def _routed(worker_cls: str) -> type:
+    stock = resolve_obj_by_qualname(worker_cls)
+    return type(f"Routed{stock.__name__}", (RoutedWorker, stock), {})
+
+
+def __getattr__(name: str) -> type:
+    """The class that a name of `routed_worker` stands for, made where vLLM looks it up."""
+    if _DOT not in name:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _routed(name.replace(_DOT, "."))
