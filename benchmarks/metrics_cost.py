@@ -35,7 +35,7 @@ class Silent:
     """Does nothing, whatever it is asked to do."""
 
     def __getattr__(self, name: str) -> Callable[..., dict]:
-        return lambda *args: {}
+        return lambda *args, **kwargs: {}
 
 
 class CountingEngine:
@@ -72,6 +72,7 @@ class CountingEngine:
                 stack.callback(_give_back, owner, name, vars(owner).get(name, _ABSENT))
                 setattr(owner, name, other)
             yield
+            self.worker.get_model().routed_decoder.take_decisions()
 
     def pair(self, timed: Callable[[], float], chance: random.Random) -> tuple[float, float]:
         """Seconds with counting, and without."""

@@ -133,8 +133,7 @@ def test_a_worker_says_what_its_step_has_decided(later):
     output = ModelRunnerOutput(["a", "b"], {"a": 0, "b": 1})
     worker_cls = resolve_obj_by_qualname(routed_worker(f"{__name__}.StockWorker"))
     assert issubclass(worker_cls, StockWorker)
-    given = Later(output) if later else output
-    found = worker_cls(given, SimpleNamespace(to_host=lambda: copied)).sample_tokens(None)
+    found = worker_cls(Later(output) if later else output, copied).sample_tokens(None)
     assert bool(asked) is not later
     found = found.get_output() if later else found
     assert found is output and turns_of(found) == {"b": turn(20)}

@@ -162,6 +162,14 @@ def test_what_is_kept_depends_on_how_much():
         assert engine.hit(request) == 32
 
 
+def test_a_request_that_wants_to_be_told_decides_all_its_turns():
+    engine = Engine(KEEPS)
+    engine.turns(ask("first", *FIRST))
+    request = ask("later", *FIRST, SHORT, *WHERE)
+    request.sampling_params.extra_args = {"reroute_explain": True}
+    assert engine.hit(request) == 40
+
+
 def test_answers_are_offered_as_they_grow():
     engine = Engine(KEEPS)
     request = ask("first", *FIRST)

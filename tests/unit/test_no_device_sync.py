@@ -90,7 +90,7 @@ class Decoder:
         )
         routed = RoutedDecoder.__new__(RoutedDecoder)
         nn.Module.__init__(routed)
-        routed.schedule, routed._decisions = schedule, None
+        routed.schedule, routed._decided = schedule, None
         routed._names = tuple(f"layers.{n}.attn" for n in range(DEPTH))
         self.runs: list[int] = []
         routed._runs = tuple(self._run for _ in schedule.pieces)

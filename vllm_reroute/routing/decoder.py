@@ -22,7 +22,7 @@ from vllm_reroute.routing.scorers import Scorer, ScoringLayer
 from vllm_reroute.routing.scorers.attention import LAST_TOKEN, ScoringRule
 from vllm_reroute.routing.scorers.scorer import check_scores
 from vllm_reroute.routing.stage import build_stage
-from vllm_reroute.routing.step_decisions import StepDecisions
+from vllm_reroute.routing.step_decisions import HostDecisions, StepDecisions
 from vllm_reroute.routing.token_state import TokenState
 from vllm_reroute.schedule import RoutingSchedule, Stage
 from vllm_reroute.schedule.published import SCORERS
@@ -56,7 +56,7 @@ class RoutedDecoder(nn.Module):
         self.tables = route_attention(attentions, schedule)
         self._config = vllm_config
         self._hand_over = StageHandover(vllm_config, hidden_size)
-        self._decisions: StepDecisions | None = None
+        self._decided: HostDecisions | None = None
         # In tuples: these modules belong to the language model and load their weights there.
         self._parked = (parked,)
         self._norm = (norm,)
@@ -108,10 +108,10 @@ class RoutedDecoder(nn.Module):
         with without_graphs():
             return self._run_routed(hidden_states, positions, additions, encoder_scores, plan)
 
-    def take_decisions(self) -> StepDecisions | None:
+    def take_decisions(self) -> HostDecisions | None:
         """What the last step decided; None where nothing was, or somebody has taken it already."""
-        decisions, self._decisions = self._decisions, None
-        return decisions
+        decided, self._decided = self._decided, None
+        return decided
 
     def _current_plan(self) -> StepPlan | None:
         """The plan travels with the metadata of the step that is really running."""
@@ -159,10 +159,11 @@ class RoutedDecoder(nn.Module):
         tokens, scores = self._cross_boundary(stream, positions, encoder_scores, exchange, plan)
         if tokens is None:
             return output
-        self._decisions = StepDecisions(plan) if plan.prefills else None
+        decisions = StepDecisions(plan)
         for piece, run in pieces:
-            self._decide(tokens, piece.first_layer, scores)
+            self._decide(tokens, piece.first_layer, scores, decisions)
             self._run(tokens, run, piece)
+        self._decided = decisions.to_host() if plan.prefills else None
         rows = exchange.source[tokens.running.rows]
         # Rows of earlier steps' tokens all go to one more row, which is dropped.
         final = torch.cat((output[:num_tokens], output.new_zeros(1, output.shape[1])))
@@ -204,8 +205,14 @@ class RoutedDecoder(nn.Module):
         scores = states[:, hidden_size].float() if states.shape[1] > hidden_size else None
         return TokenState(plan, candidates, positions), scores
 
-    def _decide(self, tokens: TokenState, layer: int, encoder_scores: torch.Tensor | None) -> None:
-        """Score and choose at a layer's input, where the schedule says so."""
+    def _decide(
+        self,
+        tokens: TokenState,
+        layer: int,
+        encoder_scores: torch.Tensor | None,
+        decisions: StepDecisions,
+    ) -> None:
+        """Score and choose at a layer's input, where the schedule says so, and note the choice."""
         decision = next((d for d in self.schedule.decisions if d.layer == layer), None)
         scored = next((d for d in self.schedule.decisions if d.scored_at == layer), None)
         if (decision is None and scored is None) or not tokens.plan.prefills:
@@ -225,7 +232,7 @@ class RoutedDecoder(nn.Module):
                 assert encoder_scores is not None, "images without the encoder's decision"
                 tokens.scores = prompt_scores(encoder_scores, tokens.prompts(stage))
             choice = tokens.choose(stage, removes=decision.removes)
-            self._decisions.add(choice, removes=decision.removes)
+            decisions.add(choice, removes=decision.removes)
 
     def _run(self, tokens: TokenState, run: nn.Module, piece: Stage) -> None:
         """Run layers on the tokens chosen, some rows after the others where they are very many."""

@@ -53,7 +53,7 @@ class StepDecisions:
             self._among = len(self._decisions) - 1
 
     def to_host(self) -> HostDecisions:
-        """Begin to copy, behind all work that is under way; nothing waits for it."""
+        """Begin to copy, behind the work that is under way; nothing waits for it."""
         kept = torch.stack(self._kept)
         copied = None
         # Copies that do not block go to pinned memory.

@@ -33,10 +33,9 @@ class RoutedWorker:
         decisions = self.get_model().routed_decoder.take_decisions()
         if decisions is None:
             return output
-        copied = decisions.to_host()
         if isinstance(output, AsyncModelRunnerOutput):
-            return DecidedOutput(output, copied)
-        return _with(output, copied)
+            return DecidedOutput(output, decisions)
+        return _with(output, decisions)
 
 
 class DecidedOutput(AsyncModelRunnerOutput):
