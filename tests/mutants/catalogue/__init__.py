@@ -4,5 +4,6 @@ from tests.mutants.catalogue.device import DEVICE
 from tests.mutants.catalogue.plan import PLAN
 from tests.mutants.catalogue.pool import POOL
 from tests.mutants.catalogue.surroundings import SURROUNDINGS
+from tests.mutants.catalogue.telling import TELLING
 
-MUTANTS = (*PLAN, *POOL, *DEVICE, *SURROUNDINGS)
+MUTANTS = (*PLAN, *POOL, *DEVICE, *TELLING, *SURROUNDINGS)
