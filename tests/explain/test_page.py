@@ -162,7 +162,10 @@ def test_script_finds_what_it_looks_for(folders):
 def test_sizes_must_agree(folders):
     made = explanation(folders["llava"], [photo(0)])
     other = explanation(folders["llava"], [photo(0), photo(1)])
-    with pytest.raises(ValueError, match=r"144, 144 visual tokens.*--mm-processor-kwargs"):
+    with pytest.raises(
+        ValueError,
+        match=r"gave these pictures 288 visual tokens, the model.s own processor 144.*--mm-processor-kwargs",
+    ):
         Explanation(**{**vars_of(made), "trace": other.trace})
 
 
