@@ -86,12 +86,14 @@ class _Recorder:
             layer=stage.first_layer,
             end_layer=stage.end_layer,
             kept=np.sort(kept[kept >= 0]),
-            scores=None if choice.scores is None else self._scores(choice, number, int(mask.sum())),
+            scores=self._scores(choice, number, int(mask.sum())),
         )
 
     @staticmethod
-    def _scores(choice: Choice, number: np.ndarray, num_visual: int) -> np.ndarray:
-        """[visual tokens] fp32; NaN for those that were no candidates any more."""
+    def _scores(choice: Choice, number: np.ndarray, num_visual: int) -> np.ndarray | None:
+        """[visual tokens] fp32; NaN for those that were no candidates any more. None where all stay."""
+        if choice.scores is None:
+            return None
         prompts, candidates = choice.prompts, choice.candidates
         of_rows = choice.scores[0, prompts.num_cached[0] : prompts.lens[0]].float().cpu().numpy()
         ranked = candidates.visual[prompts.rows].cpu().numpy()
