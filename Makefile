@@ -76,9 +76,10 @@ docs: $(READY) ## build the documentation site under .local/site; a broken link 
 	@$(BIN)/python -c "import mkdocstrings_handlers.python, material" 2>/dev/null || $(INSTALL) --quiet -e ".[docs]"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python docs/build_site.py
 
-lint: $(READY) ## check style
+lint: $(READY) ## check style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/mypy
 
 $(READY): pyproject.toml $(wildcard cpu_env/*.py cpu_env/*.pth)
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import openai
+from openai.types.chat import ChatCompletionContentPartParam
 from PIL import Image
 
 from benchmarks.grounding.evaluate import MODEL
@@ -199,7 +200,7 @@ def ask(
 ) -> Iterator[str]:
     """Streams the answer's text as the server sends it, with empty pieces where there is none to show."""
     data = base64.b64encode(request.png).decode()
-    content = [
+    content: list[ChatCompletionContentPartParam] = [
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
         {"type": "text", "text": request.question},
     ]
@@ -269,7 +270,7 @@ def stage_table(model: Path, schedule: str, tier: int) -> list[str]:
 def comparison_table(routed: Measured, dense: Measured) -> list[str]:
     """Lines that set the two servers side by side."""
     servers = (dense, routed)
-    rows = {
+    rows: dict[str, list[float]] = {
         "KV memory of the request, KiB": [server.kv_kib for server in servers],
         "  in KV blocks": [server.blocks for server in servers],
         "  of KiB each": [server.block_bytes / 1024 for server in servers],

@@ -8,6 +8,7 @@ Prints the folder.
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ MODELS = Path(__file__).resolve().parent.parent / ".local" / "models"
 # Raised whenever the same shape would give other files, so that older folders are made anew.
 RECIPE = 2
 
-BACKBONES: dict[str, tuple[type[PreTrainedConfig], dict]] = {
+BACKBONES: dict[str, tuple[Callable[..., PreTrainedConfig], dict]] = {
     "llama": (LlamaConfig, {}),
     "mistral": (MistralConfig, {"sliding_window": None}),
     "qwen2": (Qwen2Config, {"use_sliding_window": False}),
@@ -202,7 +203,7 @@ def make_config(shape: LlavaShape) -> LlavaConfig:
         image_seq_length=shape.visual_tokens,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        pad_token_id=3,
+        pad_token_id=3,  # type: ignore[call-arg]  # taken, but not declared
         dtype=shape.dtype,
     )
 

@@ -97,7 +97,12 @@ class LocalServer:
     @property
     def pid(self) -> int:
         """The first of its processes."""
-        return self._process.pid
+        return self._started.pid
+
+    @property
+    def _started(self) -> subprocess.Popen:
+        assert self._process is not None, "it runs inside the `with` block"
+        return self._process
 
     def metric(self, name: str) -> float:
         """The value of a metric of /metrics, such as `vllm:kv_cache_usage_perc`."""
@@ -118,9 +123,9 @@ class LocalServer:
         shown = -10.0
         while not self._healthy():
             waited = time.monotonic() - started
-            if self._process.poll() is not None:
+            if (code := self._started.poll()) is not None:
                 raise RuntimeError(
-                    f"The {self.name} server ended with code {self._process.returncode} while starting. "
+                    f"The {self.name} server ended with code {code} while starting. "
                     f"Its last words ({self.log}):\n{self._last_errors()}"
                 )
             if waited > self.start_limit_s:

@@ -84,7 +84,14 @@ def word_token_ids(vocabulary: dict[str, int] | None = None) -> list[int]:
 
 
 def image_token_id() -> int:
-    return trained_tokenizer().token_to_id(IMAGE_TOKEN)
+    return special_token_id(trained_tokenizer(), IMAGE_TOKEN)
+
+
+def special_token_id(tokenizer: Tokenizer, name: str) -> int:
+    """Of a token it was trained with."""
+    found = tokenizer.token_to_id(name)
+    assert found is not None, f"{name} is a special token"
+    return found
 
 
 def llava_tokenizer(tokenizer: Tokenizer | None = None) -> PreTrainedTokenizerFast:

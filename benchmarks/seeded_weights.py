@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 # Standard deviation of an attention logit whose inputs are normalised is the square of this.
 ATTENTION_SHARPNESS = 2.0
@@ -25,7 +26,7 @@ ENDS_OF_A_BLOCK = ("o_proj", "out_proj", "attn.proj", "down_proj", "fc2")
 VISION_TOWERS = ("vision_tower", "visual")
 
 
-def fill_weights(model: nn.Module, seed: int, words: Iterable[int]) -> None:
+def fill_weights(model: PreTrainedModel, seed: int, words: Iterable[int]) -> None:
     """Overwrites every parameter. A parameter depends on the seed, its name and its shape alone.
 
     words: token ids the model should answer with; the logits of all other tokens stay near zero.
@@ -35,12 +36,13 @@ def fill_weights(model: nn.Module, seed: int, words: Iterable[int]) -> None:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             parameter.copy_(scale_for_role(name, noise, _added_per_block(model, name)))
-        spoken = torch.zeros(model.lm_head.weight.shape[0], 1)
+        head = model.get_output_embeddings().weight
+        spoken = torch.zeros(head.shape[0], 1)
         spoken[list(words)] = 1.0
-        model.lm_head.weight.mul_(spoken)
+        head.mul_(spoken)
 
 
-def _added_per_block(model: nn.Module, name: str) -> float:
+def _added_per_block(model: PreTrainedModel, name: str) -> float:
     """Standard deviation of what one attention or feed-forward block of that part adds to its residual stream."""
     if "language_model" in name:
         return math.sqrt(TEXT_VARIANCE / (2 * model.config.text_config.num_hidden_layers))

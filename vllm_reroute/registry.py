@@ -85,7 +85,8 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @cached_property
     def _name_problems(self) -> list[str]:
-        found, seen = [], {}
+        found: list[str] = []
+        seen: dict[str, metadata.EntryPoint] = {}
         for entry in self._entries:
             what = f"{entry.name!r} of {_origin(entry)} (entry point {self.group})"
             cure = "Uninstall it, or have its author choose another name."
@@ -109,8 +110,8 @@ class Registry(Mapping[str, T], Generic[T]):
         try:
             made = entry.load()
         except Exception as error:
-            wrong = f"cannot be imported: {type(error).__name__}: {error}"
-            raise ValueError(self._broken(entry, wrong)) from error
+            cause = f"cannot be imported: {type(error).__name__}: {error}"
+            raise ValueError(self._broken(entry, cause)) from error
         wrong = self._problem(made)
         if wrong is not None:
             raise ValueError(self._broken(entry, f"cannot be used: it {wrong}"))

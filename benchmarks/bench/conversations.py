@@ -76,7 +76,8 @@ class Conversation:
 
     def __init__(self, llm: Any, traffic: Traffic, rng: random.Random) -> None:
         self._llm, self._traffic, self._rng = llm, traffic, rng
-        self.turn, self.pictures = 0, []
+        self.turn = 0
+        self.pictures: list[Any] = []
         system = traffic.system
         self.tokens = _tokenized(llm, f"SYSTEM: {sentence(rng, system)} ") if system else []
 
@@ -175,7 +176,8 @@ def beside_long_prompt(state: dict, images: int, others: int, seed: int) -> dict
     pictures = [noise(rng) for _ in range(images)]
     started = time.perf_counter()
     name = _add(llm, tokens, pictures, 1)
-    stamps, ids = [time.perf_counter()], []
+    stamps = [time.perf_counter()]
+    ids: list[str] = []
     while name not in (request.split("-")[0] for request in ids):
         ids = [output.request_id for output in engine.step()]
         stamps.append(time.perf_counter())
@@ -211,7 +213,9 @@ def _ask(llm: Any, tokens: Sequence[int], pictures: list[Any], answer_tokens: in
     engine = llm.llm_engine
     started = time.perf_counter()
     _add(llm, tokens, pictures, answer_tokens)
-    stamps, outputs, held = [], [], 0
+    stamps: list[float] = []
+    outputs: list[Any] = []
+    held = 0
     while engine.has_unfinished_requests():
         outputs = engine.step() or outputs
         if outputs:

@@ -89,7 +89,8 @@ def fill_pool(
     started = time.perf_counter()
     for _ in range(work.requests):
         add_request(llm, work, pictures)
-    best, ideal, preempted = 0, 0, {}
+    best, ideal = 0, 0
+    preempted: dict[str, int] = {}
     while engine.has_unfinished_requests():
         engine.step()
         held = [r for r in scheduler.running if r.num_computed_tokens >= r.num_prompt_tokens]

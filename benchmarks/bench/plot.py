@@ -40,8 +40,8 @@ def lines(
                 x, y, (below, above), label=label, capsize=2, linewidth=1.2, markersize=4,
                 elinewidth=0.8, **_style(label),
             )  # fmt: skip
-        for label, points in (bounds or {}).items():
-            axes.plot(*zip(*points, strict=True), label=label, color="grey", linestyle=":")
+        for label, bound in (bounds or {}).items():
+            axes.plot(*zip(*bound, strict=True), label=label, color="grey", linestyle=":")
         if log_x:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")

@@ -87,11 +87,12 @@ class PlainModel:
         features = self.model.get_image_features(inputs["pixel_values"]).pooler_output
         states[visual] = torch.cat(list(features)).to(states.dtype)
         positions = torch.arange(len(ids), device=self.device)
-        num_visual, running = int(visual.sum()), positions
-        kept_per_stage = self.schedule.kept_per_stage(num_visual)
-        for stage, kept in zip(self.schedule.stages, kept_per_stage, strict=True):
+        num_visual, running, schedule = int(visual.sum()), positions, self.schedule
+        assert schedule is not None, "without one, transformers generates"
+        kept_per_stage = schedule.kept_per_stage(num_visual)
+        for stage, kept in zip(schedule.stages, kept_per_stage, strict=True):
             if stage.first_layer:
-                candidates = positions if self.schedule.reroutes else running
+                candidates = positions if schedule.reroutes else running
                 scores = self._scores(stage.first_layer, states[candidates], candidates)
                 scores = scores.masked_fill(~visual[candidates], -torch.inf)
                 runs = ~visual[candidates]

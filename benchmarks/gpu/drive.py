@@ -28,7 +28,7 @@ def model_folder(folder: Path, *, trial: bool) -> Path:
     shape = TRIAL_SHAPE if trial else SHAPE
     config = make_config(shape)
     if not trial:
-        config.text_config.vocab_size = VOCABULARY
+        config.get_text_config().vocab_size = VOCABULARY
     config.architectures = ["LlavaForConditionalGeneration"]
     config.save_pretrained(folder)
     make_processor(shape.image_size, shape.patch_size).save_pretrained(folder)

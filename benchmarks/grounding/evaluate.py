@@ -40,7 +40,10 @@ def answers(
         return_tensors="pt",
     )
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    tokens = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    # Its `self` is annotated with a class this one is not derived from.
+    tokens = model.generate(  # type: ignore[misc]
+        **inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False
+    )
     said = processor.batch_decode(
         tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )

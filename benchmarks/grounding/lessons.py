@@ -90,7 +90,7 @@ def _questions(
         rng = np.random.default_rng([scene.seed, 3])
         asked: list[tuple[str, Asked]] = []
         while len(asked) < LINES * LINE_LENGTH // SHORTEST:
-            kind = kinds[rng.integers(len(kinds))]
+            kind = kinds[int(rng.integers(len(kinds)))]
             if (found := KINDS[kind](scene, rng)) is not None:
                 asked.append((kind, found))
         words = [(question_tokens(a.text), answer_tokens(a.answer)) for _, a in asked]
@@ -116,7 +116,7 @@ def _guide(fields: dict, asked: list[tuple[str, Asked]], shown: np.ndarray) -> d
     targets, owner = fields["targets"].flatten().numpy(), fields["owner"].flatten().numpy()
     rows = np.flatnonzero((targets != IGNORED) & (targets != token("</s>")))
     first = {number: rows[owner[rows] == number][0] for number in np.unique(owner[rows])}
-    looks = [_looks(*asked[owner[row]], row - first[owner[row]], shown) for row in rows]
+    looks = [_looks(*asked[int(owner[row])], row - first[owner[row]], shown) for row in rows]
     subject, target = map(np.stack, zip(*looks, strict=True))
     return {"rows": rows, "subject": subject, "target": target}
 

@@ -15,7 +15,7 @@ class Muon(Optimizer):
         super().__init__(groups, {"momentum": momentum})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # nobody hands it a closure
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for matrix in group["params"]:
@@ -27,6 +27,7 @@ class Muon(Optimizer):
         looking_ahead = []
         for matrix in matrices:
             average = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+            assert matrix.grad is not None, "a step follows a backward pass"
             average.lerp_(matrix.grad, 1 - momentum)
             looking_ahead.append(matrix.grad.lerp(average, momentum))
         rows, columns = matrices[0].shape

@@ -10,6 +10,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from benchmarks.grounding.guidance import TARGET_LAYERS
 from benchmarks.grounding.scenes import GRID, IMAGE_SIZE
@@ -73,7 +74,7 @@ def make_config() -> LlavaConfig:
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
-        pad_token_id=token("<pad>"),
+        pad_token_id=token("<pad>"),  # type: ignore[call-arg]  # taken, but not declared
     )
 
 
@@ -101,21 +102,21 @@ def new_model(seed: int) -> LlavaForConditionalGeneration:
             else:
                 parameter.normal_(std=1 / math.sqrt(parameter[0].numel()))
         for number, layer in enumerate(model.model.language_model.layers):
-            attention = layer.self_attn
+            attention: LlamaAttention = layer.self_attn
             attention.k_proj.weight.mul_(MATCHING)
             attention.q_proj.weight.copy_(attention.k_proj.weight @ turn().T)
             if number >= TARGET_LAYERS.start:
                 look_on(attention)
             nn.init.orthogonal_(attention.v_proj.weight)
             attention.o_proj.weight.copy_(COPYING * attention.v_proj.weight.T)
-        words = model.get_output_embeddings().weight.normal_()
+        words = model.lm_head.weight.normal_()
         words[list(map(word, CELLS))] = cell_words()
         read_as_spoken(model)
     return model
 
 
 @torch.no_grad()
-def look_on(attention: nn.Module) -> None:
+def look_on(attention: LlamaAttention) -> None:
     """Lets half of the heads look for a cell that was found before, not only for one that was read."""
     half = WIDTH // 2
     cells = torch.linalg.svd(cell_words(), full_matrices=False)
@@ -139,9 +140,10 @@ def turn() -> Tensor:
 @torch.no_grad()
 def read_as_spoken(model: LlavaForConditionalGeneration) -> None:
     """Starts input words from output words, whose logits it brings to an ordinary size."""
-    words = model.get_output_embeddings().weight
+    words, embeddings = model.lm_head.weight, model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
     words.div_(words.pow(2).mean().sqrt())
-    model.get_input_embeddings().weight.copy_(words @ turn().T)
+    embeddings.weight.copy_(words @ turn().T)
     words.mul_(FIRST_LOGITS / math.sqrt(WIDTH))
 
 

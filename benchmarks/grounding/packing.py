@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
 
 from benchmarks.grounding import layer_passes
 from benchmarks.grounding.vocabulary import IGNORED, VISUAL_TOKENS, prompt_start, token
@@ -71,10 +71,12 @@ def visual_tokens(
     layer=layer_passes.vision_layer,
 ) -> Tensor:
     """[pictures, 3, size, size], normalised -> fp32 [pictures, visual tokens, width]: what the decoder is given."""
-    tower = model.model.vision_tower
-    heads = model.config.vision_config.num_attention_heads
+    tower, config = model.model.vision_tower, model.config
+    assert isinstance(config.vision_config, CLIPVisionConfig)
+    assert isinstance(config.vision_feature_layer, int)
+    heads = config.vision_config.num_attention_heads
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-    for each in tower.encoder.layers[: model.config.vision_feature_layer + 1]:
+    for each in tower.encoder.layers[: config.vision_feature_layer + 1]:
         hidden = layer(hidden, heads, dtype, *layer_passes.vision_weights(each))
     return model.model.multi_modal_projector(hidden[:, 1:])
 

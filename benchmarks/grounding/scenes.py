@@ -196,6 +196,6 @@ def _corners(shape: str, x: float, y: float, radius: float, tilt: float) -> list
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """The typeface inside Pillow, so that pictures do not depend on installed fonts."""
     return ImageFont.load_default(size)

@@ -31,7 +31,7 @@ from benchmarks.grounding.layer_passes import compiled_decoder_layer, compiled_v
 from benchmarks.grounding.lessons import Batch, Lesson, Lessons, normalise
 from benchmarks.grounding.muon import Muon
 from benchmarks.grounding.new_model import new_model, read_as_spoken
-from benchmarks.grounding.packing import answer_pass, visual_tokens
+from benchmarks.grounding.packing import Lines, answer_pass, visual_tokens
 from benchmarks.grounding.questions import KINDS, questions
 from benchmarks.grounding.vocabulary import IGNORED, attribute_tokens
 
@@ -80,7 +80,7 @@ def naming_loss(
     over attributes in which patches that show a thing weigh as much as those that do not; the shares of right words
     are per attribute, over patches that show a thing.
     """
-    embeddings = model.get_output_embeddings().weight
+    embeddings = model.lm_head.weight
     states = F.rms_norm(visual, visual.shape[-1:])
     shows = shows_thing(right)
     weight = torch.where(shows, 0.5 / shows.sum(), 0.5 / (~shows).sum()).flatten()
@@ -95,27 +95,32 @@ def naming_loss(
     return torch.stack(losses).mean(), torch.stack(shares)
 
 
-def right_by_kind(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Per kind in KINDS: how many were asked, and how many had all tokens likeliest in turn."""
-    wanted = batch.lines.targets != IGNORED
-    wrong_tokens = logits.argmax(-1) != batch.lines.targets[wanted]
-    pictures, most = batch.kinds.shape
-    question = torch.arange(pictures)[:, None, None] * most + batch.lines.owner
+def right_by_kind(logits: Tensor, lines: Lines, kinds: Tensor) -> tuple[Tensor, Tensor]:
+    """Per kind in KINDS: how many were asked, and how many had all tokens likeliest in turn.
+
+    kinds: as a `Batch` has them.
+    """
+    wanted = lines.targets != IGNORED
+    wrong_tokens = logits.argmax(-1) != lines.targets[wanted]
+    pictures, most = kinds.shape
+    question = torch.arange(pictures)[:, None, None] * most + lines.owner
     wrong = torch.zeros(pictures * most).index_add_(0, question[wanted], wrong_tokens.float())
-    kinds = batch.kinds.flatten()
+    kinds = kinds.flatten()
     return (
         kinds[kinds >= 0].bincount(minlength=len(KINDS)),
         kinds[(kinds >= 0) & (wrong == 0)].bincount(minlength=len(KINDS)),
     )
 
 
-def optimizers(model: nn.Module, phase: str) -> list[torch.optim.Optimizer]:
+def optimizers(model: LlavaForConditionalGeneration, phase: str) -> list[torch.optim.Optimizer]:
     """Muon for matrices, AdamW for words, biases, norms and the patch embedding.
 
     Left out: the tower's last layer, which LLaVA never reads, and while seeing, the decoder.
     """
     unread = f"encoder.layers.{len(model.model.vision_tower.encoder.layers) - 1}."
-    tower, decoder, others = [], [], []
+    tower: list[nn.Parameter] = []
+    decoder: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if unread in name or "post_layernorm" in name:
             continue
@@ -220,25 +225,29 @@ class Trainer:
         visual = visual_tokens(self.model, normalise(batch.pixels), DTYPE, compiled_vision_layer)
         loss, shares = naming_loss(self.model, visual, batch.attributes)
         self.curve.add_naming(loss, shares)
-        if batch.lines is not None:
-            found = answer_pass(self.model, visual, batch.lines, DTYPE, compiled_decoder_layer)
-            wanted = batch.lines.targets[batch.lines.targets != IGNORED]
+        if (lines := batch.lines) is not None:
+            assert batch.guide is not None, "every line has one"
+            found = answer_pass(self.model, visual, lines, DTYPE, compiled_decoder_layer)
+            wanted = lines.targets[lines.targets != IGNORED]
             answering = F.cross_entropy(found.logits, wanted)
             loss = answering + NAMING_WEIGHT * loss
             looking = answering.new_tensor(math.nan)
             if guiding > 0:
-                owner = batch.lines.owner.flatten(1)
+                owner = lines.owner.flatten(1)
                 looking = guidance_loss(found.queries, found.keys, owner, batch.guide)
                 loss = loss + guiding * looking
-            self.curve.add_answers(answering, looking, *right_by_kind(found.logits, batch))
+            self.curve.add_answers(
+                answering, looking, *right_by_kind(found.logits, lines, batch.kinds)
+            )
         loss.backward()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         if self.workers > 1:
-            flat = torch.cat([p.grad.flatten() for p in parameters])
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat)
-            parts = flat.split([p.numel() for p in parameters])
-            for p, part in zip(parameters, parts, strict=True):
-                p.grad.copy_(part.view_as(p)).div_(self.workers)
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient)).div_(self.workers)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in stepping:
             optimizer.step()

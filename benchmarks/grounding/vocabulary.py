@@ -94,7 +94,7 @@ def trained_tokenizer() -> Tokenizer:
 
 def token(name: str) -> int:
     """Id of a special token."""
-    return trained_tokenizer().token_to_id(name)
+    return local_tokenizer.special_token_id(trained_tokenizer(), name)
 
 
 @cache
@@ -148,5 +148,5 @@ def make_processor() -> LlavaProcessor:
     """LLaVA-1.5's processor for this tokenizer and picture size."""
     processor = local_tokenizer.make_processor(IMAGE_SIZE, PATCH_SIZE, trained_tokenizer())
     # A chat server adds no special tokens of its own, and this model leans on its first token.
-    processor.chat_template = "{{ bos_token }}" + processor.chat_template
+    processor.chat_template = "{{ bos_token }}" + local_tokenizer.CHAT_TEMPLATE
     return processor

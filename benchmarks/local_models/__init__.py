@@ -17,10 +17,10 @@ import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from benchmarks.checkpoint_folder import build_folder
 from benchmarks.local_models import llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
@@ -76,7 +76,7 @@ def _save(folder: Path, family: str, shape: FamilyShape) -> None:
     )
 
 
-def _normalise(model: nn.Module, processor: object, family: Family, seed: int) -> None:
+def _normalise(model: Any, processor: Any, family: Family, seed: int) -> None:
     inputs = processor.image_processor(
         list(clouds(CLOUD_SIZE, seed)), do_rescale=False, do_normalize=False, return_tensors="pt"
     )

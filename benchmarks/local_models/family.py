@@ -9,6 +9,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
+def special_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """Of one token, where transformers would take several."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class FamilyShape:
     """Everything but the family that a checkpoint depends on. Equal shapes give equal files."""

@@ -8,7 +8,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from benchmarks.local_models.family import Family, FamilyShape
+from benchmarks.local_models.family import Family, FamilyShape, special_id
 from benchmarks.local_tokenizer import llava_tokenizer
 
 PATCH = 14
@@ -62,7 +62,7 @@ def make_config(shape: FamilyShape, tokenizer: PreTrainedTokenizerBase) -> Llava
             "patch_size": PATCH,
             "projection_dim": shape.vision_hidden_size,
         },
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=special_id(tokenizer, "<image>"),
         image_grid_pinpoints=PINPOINTS,
         image_seq_length=(TILE // PATCH) ** 2,
         vision_feature_layer=-2,

@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from benchmarks.local_models import llava_next
-from benchmarks.local_models.family import Family, FamilyShape
+from benchmarks.local_models.family import Family, FamilyShape, special_id
 from benchmarks.local_models.qwen_text import chat_ids, qwen_tokenizer
 
 PATCH = 14
@@ -55,8 +55,8 @@ def make_config(shape: FamilyShape, tokenizer: PreTrainedTokenizerBase) -> Llava
             "patch_size": PATCH,
             "vision_use_head": False,
         },
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_token_index=special_id(tokenizer, "<image>"),
+        video_token_index=special_id(tokenizer, "<video>"),
         image_grid_pinpoints=PINPOINTS,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",

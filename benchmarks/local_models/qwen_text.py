@@ -2,10 +2,11 @@
 
 import json
 from functools import cache
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Qwen2Tokenizer
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from benchmarks.local_tokenizer import TEXT
 
@@ -64,7 +65,7 @@ def qwen_tokenizer(vision_tokens: tuple[str, ...] = VISION_TOKENS) -> Qwen2Token
     vocabulary, merges = _trained()
     return Qwen2Tokenizer(
         vocab=vocabulary,
-        merges=merges,
+        merges=merges,  # type: ignore[arg-type]  # pairs, as tokenizers reads them
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=list(special),
@@ -90,7 +91,7 @@ def _trained() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return trained["vocab"], [tuple(pair) for pair in trained["merges"]]
 
 
-def token_ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+def token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a Qwen-VL configuration calls the vision tokens."""
     return {
         "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
@@ -100,7 +101,7 @@ def token_ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
     }
 
 
-def chat_ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+def chat_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a Qwen text configuration calls the tokens around a conversation."""
     return {
         "vocab_size": len(tokenizer),

@@ -6,6 +6,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import openai
 
@@ -13,7 +14,7 @@ from benchmarks.grounding.questions import ANSWER_TOKENS, Question
 from benchmarks.quality.outcomes import Outcome
 from benchmarks.quality.replies import answer_in
 
-SAMPLING = {"max_tokens": ANSWER_TOKENS, "temperature": 0}
+SAMPLING: dict[str, Any] = {"max_tokens": ANSWER_TOKENS, "temperature": 0}
 ERROR_LENGTH = 300
 
 
@@ -130,7 +131,7 @@ def visual_tokens_in(endpoint: Endpoint, prompt: Prompt, image_token: int) -> in
 
 async def _visual_tokens_in(endpoint: Endpoint, prompt: Prompt, image_token: int) -> int:
     async with endpoint.client() as client:
-        reply = await client.chat.completions.create(
+        reply: Any = await client.chat.completions.create(
             model=endpoint.model,
             messages=prompt.messages,
             extra_body={"return_token_ids": True},

@@ -40,9 +40,10 @@ class AnswerFile:
         return None if reply is None else ChatCompletion.model_validate(reply)
 
     def put(self, key: str, reply: ChatCompletion) -> None:
-        entry = {"key": key, "reply": reply.model_dump(mode="json")}
+        kept = reply.model_dump(mode="json")
+        entry = {"key": key, "reply": kept}
         with self._lock:
-            self._replies[key] = entry["reply"]
+            self._replies[key] = kept
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")

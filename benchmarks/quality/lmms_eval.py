@@ -43,9 +43,10 @@ def main() -> None:
         # Its own main function prints what is raised and exits with 0.
         results, _ = program.cli_evaluate_single(parsed)
     except Exception as error:
-        while error.__cause__ is not None:  # Below what only says that something was tried again.
-            error = error.__cause__
-        sys.exit(f"lmms-eval did not finish, nothing was scored: {type(error).__name__}: {error}")
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # Below what only says that something was tried again.
+            cause = cause.__cause__
+        sys.exit(f"lmms-eval did not finish, nothing was scored: {type(cause).__name__}: {cause}")
     print(program.make_table(results))
 
 

@@ -5,6 +5,7 @@ a wrong answer and its response cache keeps. Needs lmms-eval; `benchmarks.qualit
 """
 
 from pathlib import Path
+from typing import Any
 
 from lmms_eval.models.chat.openai import OpenAICompatible
 
@@ -15,6 +16,7 @@ class CheckedOpenAI(OpenAICompatible):
     """answers: file of the replies so far. Everything else as lmms-eval has it."""
 
     is_simple = False
+    client: Any
 
     def __init__(self, answers: str, base_url: str, **options) -> None:
         super().__init__(base_url=base_url, **options)

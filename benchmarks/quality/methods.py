@@ -5,8 +5,8 @@ average a configuration really has, which the schedule's arithmetic gives and th
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 from benchmarks.grounding.calibrate import REMOVE, REMOVE_ONCE, REROUTE, REROUTE_FALLING, Kind
@@ -22,6 +22,8 @@ from vllm_reroute.schedule.published import (
     SCHEDULES,
     Action,
     PublishedSchedule,
+    Schedule,
+    Variant,
     scale_decision_layers,
     starts_in_encoder,
 )
@@ -30,6 +32,9 @@ from vllm_reroute.schedule.published import (
 # looking so many of its tokens around the wanted average, in steps of a fraction of one.
 TOKENS_AROUND = 2
 STEPS_PER_TOKEN = 16
+
+# Average for the reference image -> options that have it.
+OptionsFor = Callable[[float], RerouteOptions]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +46,20 @@ class Routing:
 
     schedule: str
     action: Action
-    variant: str | None = None
+    variant: Variant | None = None
     first_layer: int | None = None
     flags: tuple[str, ...] = ()
 
     @property
-    def schedule_for_32(self) -> PublishedSchedule:
+    def schedule_for_32(self) -> Schedule:
         published = SCHEDULES[self.schedule][self.action]
         if self.first_layer is None:
             return published
-        return replace(published, layers=(self.first_layer, *published.layers[1:]))
+        return _with_layers(published, (self.first_layer, *published.layers[1:]))
+
+
+def _with_layers(schedule: Schedule, layers: tuple[int, ...]) -> Schedule:
+    return PublishedSchedule(layers=layers, keep=schedule.keep, shape=schedule.shape)
 
 
 DENSE, DOWNSAMPLE = "dense", "downsample"
@@ -179,13 +188,16 @@ def downsampled(budget: float, shape: ModelShape) -> Configuration:
 
 def calibrated(name: str, budget: float, shape: ModelShape) -> Configuration:
     """A schedule that `benchmarks.grounding.calibrate` has made for the served model."""
-    path = METHODS[name].path(100 * budget)
+    kind = METHODS[name]
+    assert isinstance(kind, Kind)
+    path = kind.path(100 * budget)
     if not path.exists():
         raise ValueError(
             f"--budgets {100 * budget:g} has no schedule of {name!r} ({path.name} is not there). Leave one of both "
             "out, or add it to PERCENT in benchmarks/grounding/calibrate.py and run that."
         )
     found = CalibratedSchedule.read(path)
+    assert shape.identity is not None, "calibrated schedules are served from a folder"
     found.check_model(path, shape.identity)
     schedule = found.options.resolve(shape.decoder_layers)
     return Configuration(
@@ -209,6 +221,7 @@ def routed(name: str, budget: float, shape: ModelShape) -> Configuration:
     lowest average is taken. A schedule whose first decision is the vision encoder's has no dense layers.
     """
     routing, depth, visual = METHODS[name], shape.decoder_layers, shape.visual_tokens
+    assert isinstance(routing, Routing)
     published = routing.schedule_for_32
     wanted = budget * visual
     layers = scale_decision_layers(published.layers, depth)
@@ -249,16 +262,16 @@ def _lowest(layers: Sequence[int], depth: int, visual: int) -> float:
     return average_visual_tokens(depth, layers, [0.0] * len(layers), visual)
 
 
-def _published_options(routing: Routing):
+def _published_options(routing: Routing) -> OptionsFor:
     """average for the reference image -> options with the published decision layers."""
     return lambda average: RerouteOptions(
         schedule=routing.schedule, action=routing.action, variant=routing.variant, budget=average
     )
 
 
-def _moved_options(routing: Routing, layers: tuple[int, ...], depth: int):
+def _moved_options(routing: Routing, layers: tuple[int, ...], depth: int) -> OptionsFor:
     """average for the reference image -> options with these decision layers and the published shape."""
-    published = replace(routing.schedule_for_32, layers=layers)
+    published = _with_layers(routing.schedule_for_32, layers)
     return lambda average: RerouteOptions(
         layers=layers,
         keep=solve_keep_ratios(published, depth, layers, average),
@@ -267,7 +280,7 @@ def _moved_options(routing: Routing, layers: tuple[int, ...], depth: int):
 
 
 def _nearest(
-    options_for, wanted: float, shape: ModelShape
+    options_for: OptionsFor, wanted: float, shape: ModelShape
 ) -> tuple[RerouteOptions, RoutingSchedule]:
     """Of the options near the wanted average, those whose average on this model's image is nearest to it."""
     per_token = REFERENCE_VISUAL_TOKENS / shape.visual_tokens
@@ -286,12 +299,13 @@ def _nearest(
             f"No ratios average {wanted:.1f} of {shape.visual_tokens} visual tokens on "
             f"{shape.decoder_layers} layers. Choose another of --budgets."
         )
-    return min(found, key=lambda each: each[:2])[2:]
+    *_, options, schedule = min(found, key=lambda each: each[:2])
+    return options, schedule
 
 
 def server_flags(options: RerouteOptions) -> list[str]:
     """The options as `vllm serve` takes them."""
-    words = []
+    words: list[str] = []
     for name, value in options.to_mapping().items():
         text = ",".join(map(repr, value)) if isinstance(value, tuple) else str(value)
         words += [f"--reroute-{name}", text]

@@ -33,8 +33,8 @@ def report(outcome: Outcome) -> str:
     total = sum(outcome.counts.values())
     lines += ["", f"{total} requests in {outcome.seconds:.0f} s; at the end {outcome.state}"]
     if outcome.memory_mib:
-        shown = " → ".join(f"{mib:.0f}" for mib in outcome.memory_mib)
-        lines.append(f"memory of the server's processes, after each third: {shown} MiB")
+        mib = " → ".join(f"{mib:.0f}" for mib in outcome.memory_mib)
+        lines.append(f"memory of the server's processes, after each third: {mib} MiB")
     shown, more = outcome.problems[:SHOWN_PROBLEMS], outcome.problems[SHOWN_PROBLEMS:]
     lines += [f"PROBLEM: {problem}" for problem in shown]
     lines += [f"… and {len(more)} more"] * bool(more)

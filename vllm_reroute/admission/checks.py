@@ -56,10 +56,8 @@ def check_options(
         options = RequestOptions.of(extra_args)
         return schedule if options is None else options.applied(schedule)
     except ValueError as error:
-        given = [name for name in extra_args or () if name.startswith(KEY)]
-        raise VLLMValidationError(
-            str(error), parameter=", ".join(given), value={n: extra_args[n] for n in given}
-        ) from error
+        given = {n: value for n, value in (extra_args or {}).items() if n.startswith(KEY)}
+        raise VLLMValidationError(str(error), parameter=", ".join(given), value=given) from error
 
 
 def check_can_tell(request: Any, extra_args: Mapping[str, Any] | None) -> None:

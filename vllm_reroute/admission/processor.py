@@ -11,7 +11,7 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
 from vllm_reroute.admission.checks import check_images_only, check_text_follows
 from vllm_reroute.admission.front_end import FRONT_END
-from vllm_reroute.admission.sent_pictures import SendingCache, SentPictures
+from vllm_reroute.admission.sent_pictures import sending
 from vllm_reroute.plan.visual_spans import VisualSpans
 
 
@@ -27,7 +27,7 @@ def _admitting(stock: type[BaseMultiModalProcessor], images_only: bool) -> type:
     whether videos are refused, before anything is done about them.
     """
 
-    class RoutedProcessor(stock):
+    class RoutedProcessor(stock):  # type: ignore[misc, valid-type]  # known when it runs
         def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
             return DummyInputs(**vars(super().get_dummy_inputs(*args, **kwargs)))
 
@@ -37,9 +37,7 @@ def _admitting(stock: type[BaseMultiModalProcessor], images_only: bool) -> type:
                 return super().apply(inputs, timing_ctx)
             if images_only:
                 check_images_only(inputs.mm_data_items)
-            sent = SentPictures.of(inputs.cache)
-            if sent is not None:
-                inputs = replace(inputs, cache=SendingCache(inputs.cache, sent))
+            inputs = replace(inputs, cache=sending(inputs.cache))
             made = super().apply(inputs, timing_ctx)
             spans = VisualSpans.of_ranges(made["mm_placeholders"])
             if spans is not None:
@@ -60,7 +58,7 @@ class AdmittingFactories:
         """The stock processor that refuses; also readies this process's front end."""
         for hook in FRONT_END:
             hook.install()
-        processor = self.stock.build_processor(ctx)
+        processor: BaseMultiModalProcessor = self.stock.build_processor(ctx)
         processor.__class__ = _admitting(type(processor), self.images_only)
         return processor
 

@@ -55,10 +55,18 @@ class SentPictures:
 _OF_CACHE: WeakKeyDictionary[BaseMultiModalProcessorCache, SentPictures] = WeakKeyDictionary()
 
 
+def sending(
+    cache: BaseMultiModalProcessorCache | None,
+) -> BaseMultiModalProcessorCache | None:
+    """The cache as the processing of one prompt is to see it."""
+    sent = SentPictures.of(cache)
+    return cache if cache is None or sent is None else SendingCache(cache, sent)
+
+
 class SendingCache(BaseMultiModalProcessorCache):
     """The picture cache as one prompt's processing sees it: unsent items come with their data."""
 
-    def __init__(self, cache: LruKeyReplicatedSenderCache, sent: SentPictures) -> None:
+    def __init__(self, cache: BaseMultiModalProcessorCache, sent: SentPictures) -> None:
         self._cache = cache
         self._sent = sent
         # Held, so that an item found here lasts until this prompt is processed.
@@ -75,6 +83,7 @@ class SendingCache(BaseMultiModalProcessorCache):
         known = self._cache.is_cached_item(mm_hash)
         item, updates = self._cache.get_and_update_item(mm_item, mm_hash)
         if not known:
+            assert item is not None, "a cache that does not know an item returns it"
             self._unsent[mm_hash] = item
             self._sent.recorded(mm_hash, item)
         return self._unsent.get(mm_hash, item), updates

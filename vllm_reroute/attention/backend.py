@@ -151,7 +151,7 @@ def _routed_impl(underlying: type[AttentionBackend]) -> type:
 
         def forward(
             self,
-            layer: torch.nn.Module,
+            layer: Any,
             query: torch.Tensor,
             key: torch.Tensor,
             value: torch.Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
@@ -40,6 +40,8 @@ class RoutedAttention(Attention):
     sharing, each with blocks of its own.
     """
 
+    impl: Any
+    """Of the backend's class, which routed_backend has extended."""
     place: StagePlace
     tables: StepTables
 
@@ -52,12 +54,13 @@ class RoutedAttention(Attention):
         entries for deferred tokens, so distances in it are not distances in the prompt.
         """
         _check_supported(layer)
-        layer.attn_backend = routed_backend(layer.attn_backend)
-        layer.impl.__class__ = layer.attn_backend.get_impl_cls()
-        layer.__class__ = cls
-        layer.place, layer.tables = place, tables
-        layer.kv_sharing_target_layer_name = place.owner if place.index else None
-        return layer
+        routed: Any = layer
+        routed.attn_backend = routed_backend(layer.attn_backend)
+        routed.impl.__class__ = routed.attn_backend.get_impl_cls()
+        routed.__class__ = cls
+        routed.place, routed.tables = place, tables
+        routed.kv_sharing_target_layer_name = place.owner if place.index else None
+        return routed
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         spec = super().get_kv_cache_spec(vllm_config)

@@ -36,17 +36,25 @@ class StageMetadata:
 
         Layers of a stage differ in nothing but their blocks and slots.
         """
+        assert self.views is not None, "nobody attends where nobody runs"
         self.shared.block_table = self.views.block_tables[index]
         self.shared.slot_mapping = self.views.slot_mappings[index]
         return self.shared
+
+
+def of_layers() -> dict[str, Any]:
+    """The metadata of the step that runs, by layer; empty before there is a K/V pool."""
+    metadata = get_forward_context().attn_metadata
+    assert not isinstance(metadata, list), "micro-batches are refused at start"
+    return metadata or {}
 
 
 @contextmanager
 def reading(metadata: StageMetadata, layer_names: tuple[str, ...]) -> Iterator[None]:
     """While entered, these layers read `metadata`."""
     context = get_forward_context()
-    of_layers = {**context.attn_metadata, **dict.fromkeys(layer_names, metadata)}
-    with override_forward_context(replace(context, attn_metadata=of_layers)):
+    changed: dict[str, Any] = {**of_layers(), **dict.fromkeys(layer_names, metadata)}
+    with override_forward_context(replace(context, attn_metadata=changed)):
         yield
 
 

@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, replace_as
 from vllm_reroute.attention.step import RoutedStep, real_step
 from vllm_reroute.kv_cache.spec import ParkedSpec
 from vllm_reroute.plan.step_plan import Places
+from vllm_reroute.resolved import dtype_of
 from vllm_reroute.to_device import to_device
 
 
@@ -71,12 +72,13 @@ class ParkedStates(Attention):
         )
         self.attn_backend = _parked_backend(self.attn_backend)
         self.width = width
-        self.dtype = vllm_config.model_config.dtype
+        self.dtype = dtype_of(vllm_config)
         row_bytes = 2 * self.num_kv_heads * self.head_size * self.kv_cache_torch_dtype.itemsize
         self.num_pages = -(-width * self.dtype.itemsize // row_bytes)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         spec = super().get_kv_cache_spec(vllm_config)
+        assert spec is not None
         return replace_as(spec, ParkedSpec, num_layers=self.num_pages)
 
     def write(self, states: torch.Tensor, places: PagePlaces) -> None:

@@ -15,6 +15,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm_reroute.kv_cache import interleaving
 from vllm_reroute.plan.capacity import RUNNER_COPIES, table_bytes
 from vllm_reroute.plan.step_plan import Places, StageLengths, StepPlan
+from vllm_reroute.resolved import device_of
 from vllm_reroute.to_device import to_device
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ class StepTables:
     query_start_loc: [stages, max_reqs + 1] int32.
     """
 
+    block_size: int
+    max_tokens: int
+    max_blocks: int
     block_tables: torch.Tensor
     slot_mappings: torch.Tensor
     seq_lens: torch.Tensor
@@ -95,7 +99,7 @@ class StepTables:
         size = vllm_config.cache_config.block_size
         reqs = vllm_config.scheduler_config.max_num_seqs
         max_len = vllm_config.model_config.max_model_len
-        device = torch.device(vllm_config.device_config.device)
+        device = device_of(vllm_config)
         runners = table_bytes(sum(self.num_layers) + other_layers, reqs, max_len, size)
         # Measured in inference mode, but written in every step.
         with torch.inference_mode(False):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_reroute.families.short_names import resolve_model
 from vllm_reroute.families.table import family_of
 from vllm_reroute.schedule.options import RerouteOptions
+from vllm_reroute.schedule.published import Action
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -37,9 +38,12 @@ class ModelIdentity:
         model = resolve_model(model)
         folder = Path(model)
         text = hf_config.get_text_config()
+        assert hf_config.architectures, "vLLM refuses a model without"
+        family = family_of(hf_config.architectures[0])
+        assert family is not None, "checked before"
         return cls(
             name=folder.resolve().name if folder.is_dir() else model.rsplit("/", 1)[-1],
-            architecture=family_of(hf_config.architectures[0]).architecture,
+            architecture=family.architecture,
             num_layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
             num_heads=text.num_attention_heads,
@@ -54,7 +58,7 @@ class CalibratedSchedule:
     """
 
     model: ModelIdentity
-    action: str
+    action: Action
     layers: tuple[int, ...]
     keep: tuple[float, ...]
     about: Mapping[str, Any]

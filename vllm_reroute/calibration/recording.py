@@ -64,7 +64,7 @@ def last_row(
 
 
 def _recording_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -72,12 +72,16 @@ def _recording_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' own SDPA, and one row beside it. query, key, value: [1, heads, tokens, dim]."""
+    """transformers' own SDPA, and one row beside it.
+
+    module: a decoder's attention, of any family. query, key, value: [1, heads, tokens, dim].
+    """
     if attention_mask is not None and not bool(attention_mask[0, 0, -1].all()):
         raise ValueError(
             "the model hides tokens from the last prompt token (a sliding window?), which routing "
             "does not support. Calibrate a model whose decoder layers see the whole prompt."
         )
+    assert _current is not None, "only a Recorder runs this attention"
     visual = _current.visual
     weights, values = last_row(query[0], key[0], value[0], scaling)
     weights, values = weights[:, visual], values[:, visual]

@@ -59,7 +59,7 @@ class RowFolder:
         path = self._file(digest)
         unfinished = path.with_suffix(".unfinished")
         with unfinished.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # takes them for its own options
         os.replace(unfinished, path)
 
     def _file(self, digest: str) -> Path:

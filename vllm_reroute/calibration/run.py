@@ -114,7 +114,13 @@ def record(
     missing = [sample for sample in samples if folder.load(sample.digest) is None]
     if missing:
         _run(settings, folder, missing)
-    return [folder.load(sample.digest) for sample in samples]
+    return [_recorded(folder, sample) for sample in samples]
+
+
+def _recorded(folder: RowFolder, sample: Sample) -> dict[str, np.ndarray]:
+    rows = folder.load(sample.digest)
+    assert rows is not None, "what was missing has been recorded"
+    return rows
 
 
 def _run(settings: Settings, folder: RowFolder, samples: Sequence[Sample]) -> None:

@@ -140,7 +140,7 @@ def prepare(sample: Sample, processor: ProcessorMixin) -> Mapping[str, torch.Ten
         {"type": kind, "text": value} if kind == "text" else {"type": kind}
         for kind, value in sample.parts
     ]
-    message = {"role": "user", "content": content}
+    message: dict[str, Any] = {"role": "user", "content": content}
     text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     options: dict[str, Any] = {}
     pictures = [
@@ -166,4 +166,6 @@ def _frames(path: str) -> tuple[np.ndarray, VideoMetadata]:
         total = metadata.total_num_frames
         return np.linspace(0, total - 1, min(MOST_FRAMES, total), dtype=int)
 
-    return load_video(path, backend="opencv", sample_indices_fn=evenly)
+    # It takes paths and returns both, which its annotations do not say.
+    read: Any = load_video
+    return read(path, backend="opencv", sample_indices_fn=evenly)

@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from vllm_reroute.explain.explanation import DrawnPanel, Explanation
 from vllm_reroute.explain.wording import away, stage_counts, stage_title, summary
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 INK, FAINT, PAPER = "#1a202c", "#5a6475", "#ffffff"
 BACK = "#f08c00"
 RUNS, RUNS_EDGE = (0, 0, 0, 0), (255, 255, 255, 60)
@@ -87,8 +89,8 @@ def _as_given(panel: DrawnPanel, cell: int) -> Image.Image:
 def _scaled(image: Image.Image, cell: int) -> Image.Image:
     """As large as a square cell allows."""
     scale = cell / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
-    return image.resize(size, Image.Resampling.LANCZOS)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _titled(shown: Image.Image, title: str) -> Image.Image:
@@ -229,7 +231,7 @@ def _text(
     return image
 
 
-def _wrapped(words: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+def _wrapped(words: str, width: int, font: Font) -> list[str]:
     lines = [""]
     for word in words.split(" "):
         longer = f"{lines[-1]} {word}" if lines[-1] else word
@@ -240,7 +242,7 @@ def _wrapped(words: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     return lines
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> Font:
     """DejaVu where the system has it, for its many scripts; else Pillow's own."""
     try:
         return ImageFont.truetype("DejaVuSans.ttf", size)

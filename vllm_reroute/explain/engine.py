@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_reroute.explain.question import Question
 from vllm_reroute.schedule import CONFIG_KEY
@@ -32,7 +32,7 @@ def parsed_engine_flags(question: Question) -> EngineArgs:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):
-        def error(self, message: str) -> None:
+        def error(self, message: str) -> NoReturn:
             raise ValueError(
                 f"{message}. Flags that explain does not know itself must be engine flags of vLLM, "
                 "such as --max-model-len 4096; `vllm serve --help=all` lists them."
@@ -70,7 +70,7 @@ def answered(
         data["image"] = [picture.frames[0] for picture in question.images]
     if question.videos:
         data["video"] = [
-            (picture.as_array(), {**picture.metadata, "do_sample_frames": False})
+            (picture.as_array(), {**(picture.metadata or {}), "do_sample_frames": False})
             for picture in question.videos
         ]
     (output,) = llm.generate(

@@ -15,7 +15,7 @@ class NoBlocks(KVCacheBlocks):
     """No new blocks in any group; says so without looking into every group."""
 
     def get_block_ids(self, *args: Any, allow_none: bool = False, **kwargs: Any) -> Any:
-        return None if allow_none else super().get_block_ids(*args, allow_none=False, **kwargs)
+        return None if allow_none else super().get_block_ids(*args, **kwargs)
 
 
 class DecodeBlocks:

@@ -15,6 +15,7 @@ from vllm_reroute.report import (
     model_lines,
     schedule_lines,
 )
+from vllm_reroute.resolved import dtype_of
 from vllm_reroute.schedule import RoutingSchedule
 from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
 
@@ -54,7 +55,7 @@ def _held_lines(
     """Memory beside the K/V of requests."""
     scheduler, model_config = vllm_config.scheduler_config, vllm_config.model_config
     rows = candidate_capacity(scheduler.max_num_batched_tokens, model_config.max_model_len)
-    row_bytes = model_config.hf_text_config.hidden_size * model_config.dtype.itemsize
+    row_bytes = model_config.hf_text_config.hidden_size * dtype_of(vllm_config).itemsize
     held = rows * row_bytes if footprint.schedule.reroutes else 0
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     pages = next(spec.num_layers for spec in specs if isinstance(spec, ParkedSpec))

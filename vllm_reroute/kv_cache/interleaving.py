@@ -28,7 +28,7 @@ def by_tokens(entries: Sequence[Any], num_layers: int) -> list[LayerBlocks]:
     return [tuple(entries[i : i + num_layers]) for i in range(0, len(entries), num_layers)]
 
 
-def of_layer(entries: Sequence[Any], layer: int, num_layers: int) -> Sequence[Any]:
+def of_layer(entries: list[Any], layer: int, num_layers: int) -> list[Any]:
     """Blocks of one layer of the group, in the order of their tokens."""
     return entries[layer::num_layers]
 

@@ -20,7 +20,8 @@ class LayeredManager(FullAttentionManager):
     """What stage groups and parked pages have in common.
 
     Cached prefixes are passed around as lists of `LayerBlocks`, one entry per `block_size` tokens,
-    as the coordinator expects; a request's own blocks are table entries.
+    as the coordinator expects (vLLM annotates them as single blocks); a request's own blocks are
+    table entries.
     """
 
     supports_fine_grained_hash_lookup = False
@@ -33,7 +34,7 @@ class LayeredManager(FullAttentionManager):
         self.num_layers = kv_cache_spec.num_layers
         self.cache_ids = interleaving.cache_ids(self.kv_cache_group_id, self.num_layers)
 
-    def add_local_computed_blocks(
+    def add_local_computed_blocks(  # type: ignore[override]  # LayerBlocks
         self, request_id: str, new_computed_blocks: Sequence[LayerBlocks], *args: Any
     ) -> None:
         super().add_local_computed_blocks(request_id, interleaving.flat(new_computed_blocks), *args)
@@ -84,7 +85,7 @@ class LayeredManager(FullAttentionManager):
             self.block_pool.evict_blocks({block.block_id for block in unwritten})
 
     @classmethod
-    def find_longest_cache_hit(
+    def find_longest_cache_hit(  # type: ignore[override]  # LayerBlocks
         cls,
         block_hashes: Any,
         max_length: int,

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from vllm.v1.request import Request
 
 from vllm_reroute.plan.request_routing import RequestRouting
-from vllm_reroute.plan.turns import Turn
+from vllm_reroute.plan.turns import Turn, Turns
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.schedule import RoutingSchedule
 
@@ -59,6 +59,12 @@ class LiveRouting:
             if turn.begin < place.offset + place.length and place.offset < turn.end
         )
         return {*starts[1:], turn.end}
+
+    def turns_of(self, request: Request) -> Turns:
+        """Of a request with visual tokens."""
+        routing = self.of(request)
+        assert routing is not None, "only prompts with visual tokens have turns"
+        return routing.turns
 
     def of_id(self, request_id: str) -> RequestRouting | None:
         """The same by id; None for a request that is gone, too."""

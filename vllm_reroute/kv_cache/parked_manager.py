@@ -25,7 +25,7 @@ class ParkedManager(LayeredManager):
     only pages that a later step reads are allocated: none for a turn that runs in one step.
     """
 
-    def get_num_blocks_to_allocate(
+    def get_num_blocks_to_allocate(  # type: ignore[override]  # LayerBlocks
         self,
         request_id: str,
         num_tokens: int,
@@ -73,7 +73,7 @@ class ParkedManager(LayeredManager):
 
     def _num_held(self, request_id: str) -> int:
         request = self.live.requests[request_id]
-        turn = self.live.of(request).turns.undecided_at(request.num_computed_tokens)
+        turn = self.live.turns_of(request).undecided_at(request.num_computed_tokens)
         assert turn is not None, "pages are released with the last decision"
         before = turn.begin // self.block_size * self.num_layers
         return max(0, len(self.req_to_blocks[request_id]) - before)
@@ -81,7 +81,7 @@ class ParkedManager(LayeredManager):
     def release(self, request_id: str) -> None:
         """Every stage has the turn: its parked states are only good for the prefix cache."""
         request, blocks = self.live.requests[request_id], self.req_to_blocks[request_id]
-        later = self.live.of(request).turns.undecided_at(request.num_computed_tokens)
+        later = self.live.turns_of(request).undecided_at(request.num_computed_tokens)
         if later is None:
             freed = self.req_to_blocks.pop(request_id)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -33,7 +33,14 @@ from vllm_reroute.schedule import RoutingSchedule
 logger = reroute_logger(__name__)
 
 
-class RoutedSchedulerMixin:
+# What stands behind the mixin is one of vLLM's schedulers, and which is known only below.
+if TYPE_CHECKING:
+    _Stock = Scheduler
+else:
+    _Stock = object
+
+
+class RoutedSchedulerMixin(_Stock):
     """What routing adds to either of vLLM's schedulers.
 
     Prompts are chunked and reuse the prefix cache as in vLLM. The step that runs a turn's last token
@@ -45,7 +52,7 @@ class RoutedSchedulerMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         assert not self.defer_block_free, "KV connectors are refused at start"
-        managers = self.kv_cache_manager.coordinator.single_type_managers
+        managers: Any = self.kv_cache_manager.coordinator.single_type_managers
         assert all(isinstance(manager, LayeredManager) for manager in managers)
         self.live = LiveRouting(
             self.requests,
@@ -61,9 +68,10 @@ class RoutedSchedulerMixin:
         )
         self.kept_turns = KeptTurns(self.kv_cache_manager, self.live)
         hits = PrefixHits(self.kv_cache_manager, self.live, self.kept_turns)
-        self.kv_cache_manager.get_computed_blocks = hits.get_computed_blocks
+        hooked: Any = self.kv_cache_manager
+        hooked.get_computed_blocks = hits.get_computed_blocks
         self.decode_blocks = DecodeBlocks(self.kv_cache_manager, self.live)
-        self.kv_cache_manager.allocate_slots = self.decode_blocks.allocate_slots
+        hooked.allocate_slots = self.decode_blocks.allocate_slots
         self.counts = RoutingCounts(
             self.live,
             block_bytes=self.parked_pages.kv_cache_spec.page_size_bytes,
@@ -71,7 +79,7 @@ class RoutedSchedulerMixin:
         )
         self.decided_turns = DecidedTurns(self.requests, self.counts)
         self._record_stock = self.kv_cache_manager.record_prefix_cache_stats
-        self.kv_cache_manager.record_prefix_cache_stats = self._record_prefix_cache_stats
+        hooked.record_prefix_cache_stats = self._record_prefix_cache_stats
         self._deciding = 0, 0
         logger.info("%s", engine_report(self.vllm_config, self.kv_cache_config))
 
@@ -80,7 +88,7 @@ class RoutedSchedulerMixin:
         output = super().schedule(*args, **kwargs)
         for request_id in self.parked_pages.holders:
             request = self.requests[request_id]
-            if self.live.of(request).turns.open_at(request.num_computed_tokens) is None:
+            if self.live.turns_of(request).open_at(request.num_computed_tokens) is None:
                 self.parked_pages.release(request_id)
         if self.live.schedule.marker and self.live.offers_parked:
             for request_id in output.num_scheduled_tokens:
@@ -125,7 +133,7 @@ class RoutedSchedulerMixin:
         turn = routing.turns.undecided_at(num_computed_tokens) if routing else None
         if turn is not None and turn.end < request.num_prompt_tokens:
             num_new_tokens = min(num_new_tokens, turn.end - num_computed_tokens)
-        inputs, num_new_tokens, *rest = super()._try_schedule_encoder_inputs(
+        stock = super()._try_schedule_encoder_inputs(
             request,
             num_computed_tokens,
             num_new_tokens,
@@ -133,6 +141,7 @@ class RoutedSchedulerMixin:
             *args,
             **kwargs,
         )
+        num_new_tokens = stock[1]
         if turn is not None:
             if self._hold_back(turn.end, num_computed_tokens, num_new_tokens):
                 num_new_tokens = turn.end - LAST_TOKENS - num_computed_tokens
@@ -141,7 +150,7 @@ class RoutedSchedulerMixin:
         if num_new_tokens == 0 and request.status is not RequestStatus.RUNNING:
             # It stays in the queue: what the base has reserved for it, others may need.
             self.encoder_cache_manager.free(request)
-        return inputs, num_new_tokens, *rest
+        return stock[0], num_new_tokens, *stock[2:]
 
     def _hold_back(self, end: int, num_computed: int, num_new: int) -> bool:
         """Whether taking the decisions of a turn that ends at `end` now would make the step too large.
@@ -174,7 +183,7 @@ class RoutedSchedulerMixin:
             self.decided_turns.forget(request)
         self.decode_blocks.forget(request)
         self.kept_turns.forget(request)
-        managers = self.kv_cache_manager.coordinator.single_type_managers
+        managers: Any = self.kv_cache_manager.coordinator.single_type_managers
         for manager in managers:
             manager.withdraw(request)
         of_groups = [manager.pop_layer_blocks(request.request_id) for manager in managers]

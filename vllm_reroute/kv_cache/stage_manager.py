@@ -30,7 +30,7 @@ class StageManager(LayeredManager):
         self.stage = kv_cache_spec.stage
         self._to_copy: dict[str, int] = {}
 
-    def get_num_blocks_to_allocate(
+    def get_num_blocks_to_allocate(  # type: ignore[override]  # LayerBlocks
         self,
         request_id: str,
         num_tokens: int,
@@ -48,7 +48,7 @@ class StageManager(LayeredManager):
             request_id, slots, blocks, 0, 0, *args, **kwargs
         )
 
-    def add_local_computed_blocks(
+    def add_local_computed_blocks(  # type: ignore[override]  # LayerBlocks
         self,
         request_id: str,
         new_computed_blocks: Sequence[LayerBlocks],

@@ -33,6 +33,7 @@ class RoutedStatLogger(AggregateStatLoggerBase):
 
     def _make(self, metric: Metric) -> None:
         labels = ("model_name", "engine", *metric.labels)
+        shown: Counter | Gauge
         if metric.kind is Kind.COUNTER:
             shown = Counter(metric.name, metric.help, labels)
         else:
@@ -41,7 +42,7 @@ class RoutedStatLogger(AggregateStatLoggerBase):
         for engine in self._engines:
             for values in metric.values(RoutingSchedule.of(self._vllm_config)):
                 child = shown.labels(model, str(engine), *values)
-                update = child.inc if metric.kind is Kind.COUNTER else child.set
+                update = child.inc if isinstance(child, Counter) else child.set
                 self._update[engine, metric.series(*values)] = update
 
     def record(

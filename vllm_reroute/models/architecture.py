@@ -52,7 +52,7 @@ def _routed(architecture: str, *, nuwa: bool) -> str:
 
 def _update(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
     for name, value in overrides.items():
-        nested = getattr(config, name, None)
+        nested: Any = getattr(config, name, None)
         if isinstance(value, Mapping) and hasattr(nested, "update"):
             nested.update(dict(value))
         else:

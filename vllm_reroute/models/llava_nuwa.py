@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import LlavaConfig
@@ -34,7 +35,7 @@ class RerouteNuwaLlavaForConditionalGeneration(Nuwa, RerouteLlavaForConditionalG
     aggregation = LLAVA
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        config = vllm_config.model_config.hf_config
+        config: Any = vllm_config.model_config.hf_config
         with _whole_tower(config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         vision = config.vision_config
@@ -59,12 +60,15 @@ class RerouteNuwaLlavaForConditionalGeneration(Nuwa, RerouteLlavaForConditionalG
         pixels: [images, 3, side, side]. Returns [images, patches, dim] twice, the second in fp32,
         and [images, patches], fp32.
         """
-        tower: CLIPVisionModel = self.vision_tower
+        tower = self.vision_tower
+        assert isinstance(tower, CLIPVisionModel), "others are refused at start"
         selected = self.selected_layer
         layers = [selected - 1, selected, *self.feature_layers]
         outputs = tower(pixels, select_layers=layers).chunk(len(layers), dim=-1)
         before, states, *features = outputs
-        salience = _class_token_salience(tower.vision_model.encoder.layers[selected - 1], before)
+        layer = tower.vision_model.encoder.layers[selected - 1]
+        assert isinstance(layer, CLIPEncoderLayer)
+        salience = _class_token_salience(layer, before)
         mean = torch.stack(features).mean(dim=0, dtype=torch.float32)
         return states[:, 1:], mean[:, 1:], salience
 

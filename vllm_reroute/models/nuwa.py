@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
@@ -13,8 +15,14 @@ from vllm_reroute.schedule import RoutingSchedule
 from vllm_reroute.schedule.budget import num_kept
 from vllm_reroute.to_device import to_device
 
+if TYPE_CHECKING:
+    from vllm_reroute.models.rerouted import Rerouted
+else:
+    # The routed class it stands in front of is one; deriving from it would make this a model, too.
+    Rerouted = object
 
-class Nuwa:
+
+class Nuwa(Rerouted):
     """Mixin in front of a routed class whose vision encoder finds anchors.
 
     The encoder's rows are one column wider than embeddings: 1 for anchors, 0 for other patches.
@@ -61,6 +69,7 @@ class Nuwa:
             scores = columns.new_zeros(len(input_ids), dtype=torch.float32)
             # An index by a mask would wait: on the host for a copy, on the device for its result.
             mask = is_multimodal
+            assert mask is not None, "vLLM hands both or none"
             if mask.device.type == "cpu":
                 mask = to_device(mask.numpy(), scores.device)
             scores.masked_scatter_(mask, columns.float())

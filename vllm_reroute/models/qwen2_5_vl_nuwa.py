@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.qwen2_5_vl import (
@@ -70,7 +72,13 @@ class _WatchedBlock(Qwen2_5_VisionBlock):
     watch: _TowerWatch
     index: int
 
-    def forward(self, x: torch.Tensor, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def adopt(block: Any, watch: _TowerWatch, index: int) -> None:
+        """Turn a block vLLM has built into a watched one, in place."""
+        block.__class__ = _WatchedBlock
+        block.watch, block.index = watch, index
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.watch.see_input(self.index, x)
         output = super().forward(x, *args, **kwargs)
         self.watch.see_output(self.index, output)
@@ -95,8 +103,7 @@ class _TowerWatch:
         self._sum: torch.Tensor | None = None
         self._before_last: torch.Tensor | None = None
         for index, block in enumerate(visual.blocks):
-            block.__class__ = _WatchedBlock
-            block.watch, block.index = self, index
+            _WatchedBlock.adopt(block, self, index)
 
     def __enter__(self) -> _TowerWatch:
         self._watching, self._sum, self._before_last = True, None, None
@@ -119,6 +126,7 @@ class _TowerWatch:
     def take(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Input of the last block, and mean output of the feature blocks, both [patches, 1, dim]."""
         before = self._before_last
+        assert before is not None and self._sum is not None, "the tower has run"
         mean = (self._sum / len(self._feature_blocks)).to(before.dtype)
         self._sum = self._before_last = None
         return before, mean
@@ -136,6 +144,7 @@ def _salience(
     over whole images. Returns [tokens] in the order of attention windows, fp32.
     """
     block, unit = visual.blocks[-1], visual.spatial_merge_unit
+    assert isinstance(block, Qwen2_5_VisionBlock)
     attention = block.attn
     dim = attention.hidden_size_per_attention_head
     fused, _ = attention.qkv(block.norm1(hidden))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from vllm.config import VllmConfig
 from vllm.sequence import IntermediateTensors
@@ -12,8 +14,21 @@ from vllm_reroute.routing.scorers.attention import LAST_TOKEN, ScoringRule
 from vllm_reroute.runners import connect_runner
 from vllm_reroute.schedule import RoutingSchedule
 
+if TYPE_CHECKING:
 
-class Rerouted:
+    class _Stock(torch.nn.Module):
+        """What the mixin needs of the class of vLLM's that it stands in front of."""
+
+        _processor_factory: Any
+        language_model: Any
+        embed_input_ids: Any
+
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None: ...
+else:
+    _Stock = object
+
+
+class Rerouted(_Stock):
     """Mixin in front of a vLLM vision-language model: only the loop over decoder layers changes.
 
     Vision tower, merging of embeddings, positions, weights and processor stay vLLM's. A family
@@ -38,7 +53,7 @@ class Rerouted:
         )
 
     @property
-    def decoder(self) -> torch.nn.Module:
+    def decoder(self) -> Any:
         """The module that holds the decoder's `layers` and its final `norm`."""
         return self.language_model.model
 

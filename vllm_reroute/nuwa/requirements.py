@@ -33,6 +33,7 @@ def check_model(hf_config: PretrainedConfig) -> None:
 def check_encoder_options(vllm_config: VllmConfig) -> None:
     """Raises ValueError for options under which the encoder's inside cannot be read."""
     multimodal = vllm_config.model_config.multimodal_config
+    assert multimodal is not None, "every supported family sees"
     compilation = vllm_config.compilation_config
     wrong = (
         (

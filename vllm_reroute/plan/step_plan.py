@@ -203,17 +203,28 @@ def plan_step(
     )
     decided = dict(zip(turns.request[ending].tolist(), turns.end[ending].tolist(), strict=True))
     prefills = tuple(
-        ImagePrefill(
-            index=i,
-            start=int(candidates.query_start_loc[i]),
-            num_tokens=int(candidates.query_lens[i]),
-            first=int(first[i]),
-            routing=batch.routings[i],
-            turn=next(turn for turn in batch.routings[i].turns.turns if turn.end == turn_end),
-        )
+        _prefill(i, batch.routings[i], turn_end, int(first[i]), candidates)
         for i, turn_end in decided.items()
     )
     return StepPlan(num_tokens, stages, candidates, prefills, boundary)
+
+
+def _prefill(
+    index: int,
+    routing: RequestRouting | None,
+    turn_end: int,
+    first: int,
+    candidates: StageLengths,
+) -> ImagePrefill:
+    assert routing is not None, "only prompts with visual tokens have turns"
+    return ImagePrefill(
+        index=index,
+        start=int(candidates.query_start_loc[index]),
+        num_tokens=int(candidates.query_lens[index]),
+        first=first,
+        routing=routing,
+        turn=next(turn for turn in routing.turns.turns if turn.end == turn_end),
+    )
 
 
 def _parks(

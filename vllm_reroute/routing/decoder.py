@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
 from vllm.sequence import IntermediateTensors
 
-from vllm_reroute.attention.layer import RoutedAttention, route_attention
-from vllm_reroute.attention.metadata import StageMetadata, reading
+from vllm_reroute.attention.layer import route_attention
+from vllm_reroute.attention.metadata import StageMetadata, of_layers, reading
 from vllm_reroute.attention.parked import ParkedExchange, ParkedStates
 from vllm_reroute.plan.capacity import candidate_capacity
 from vllm_reroute.plan.step_plan import StepPlan
+from vllm_reroute.resolved import device_of, dtype_of
 from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
 from vllm_reroute.routing.graphs import StageHandover, without_graphs
 from vllm_reroute.routing.prompt_rows import prompt_scores
@@ -38,7 +40,7 @@ class RoutedDecoder(nn.Module):
 
     def __init__(
         self,
-        layers: Sequence[nn.Module],
+        layers: Sequence[Any],
         norm: nn.Module,
         vllm_config: VllmConfig,
         scoring: ScoringRule = LAST_TOKEN,
@@ -47,7 +49,7 @@ class RoutedDecoder(nn.Module):
         self.schedule = schedule = RoutingSchedule.of(vllm_config)
         scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
         hidden_size = model.hf_text_config.hidden_size
-        attentions: list[RoutedAttention] = [layer.self_attn.attn for layer in layers]
+        attentions: list[Attention] = [layer.self_attn.attn for layer in layers]
         # One more column for what the vision encoder decided, where it takes the first decision.
         parked_width = hidden_size + (schedule.encoder_ratio is not None)
         stem = attentions[0].layer_name.rsplit(".layers.", 1)[0]
@@ -81,8 +83,8 @@ class RoutedDecoder(nn.Module):
             DeferredTokenBuffer(
                 candidate_capacity(scheduler.max_num_batched_tokens, model.max_model_len),
                 hidden_size,
-                model.dtype,
-                vllm_config.device_config.device,
+                dtype_of(vllm_config),
+                device_of(vllm_config),
             )
             if schedule.reroutes
             else None
@@ -115,7 +117,7 @@ class RoutedDecoder(nn.Module):
 
     def _current_plan(self) -> StepPlan | None:
         """The plan travels with the metadata of the step that is really running."""
-        metadata = get_forward_context().attn_metadata
+        metadata = of_layers()
         if not metadata:
             # Before there is a K/V pool: vLLM measures what the model takes.
             self.tables.reserve(self._config, self._parked[0].num_pages)
@@ -155,7 +157,7 @@ class RoutedDecoder(nn.Module):
             (_, run), *pieces = pieces
             hidden, residual = run(positions, stream, None, additions)
             stream = hidden + residual
-        exchange: ParkedExchange = get_forward_context().attn_metadata[self._parked[0].layer_name]
+        exchange: ParkedExchange = of_layers()[self._parked[0].layer_name]
         tokens, scores = self._cross_boundary(stream, positions, encoder_scores, exchange, plan)
         if tokens is None:
             return output
@@ -184,7 +186,8 @@ class RoutedDecoder(nn.Module):
         stream: [tokens, hidden] at the first decision layer's input. Returns no state where nobody
         goes on, and the candidates' scores where the vision encoder gives them.
         """
-        parked, hidden_size = self._parked[0], stream.shape[1]
+        boundary, parked, hidden_size = plan.boundary, self._parked[0], stream.shape[1]
+        assert boundary is not None, "without one, every token runs all stages"
         states = stream
         if encoder_scores is not None or parked.width > hidden_size:
             column = stream.new_zeros(len(stream)) if encoder_scores is None else encoder_scores
@@ -194,10 +197,11 @@ class RoutedDecoder(nn.Module):
         num_candidates = plan.candidates.num_tokens
         if not num_candidates:
             return None, None
-        if len(plan.boundary.fetched):
+        if len(boundary.fetched):
+            assert exchange.positions is not None, "what is fetched has positions"
             states = torch.cat((states, parked.read(exchange.read)))
             positions = torch.cat((positions, exchange.positions), dim=-1)
-        if num_candidates != plan.num_tokens or len(plan.boundary.fetched):
+        if num_candidates != plan.num_tokens or len(boundary.fetched):
             states, positions = states[exchange.source], positions[..., exchange.source]
         candidates = states[:, :hidden_size]
         if self.waiting is not None:
@@ -224,8 +228,9 @@ class RoutedDecoder(nn.Module):
             if scorer.accumulates or not tokens.keeps_all(stage):
                 found = scorer.score(tokens.candidates.stream, tokens.candidates.positions, prompts)
                 check_scores(found, prompts, scorer)
-                adds = scorer.accumulates and tokens.scores is not None
-                tokens.scores = tokens.scores + found if adds else found
+                if scorer.accumulates and tokens.scores is not None:
+                    found = tokens.scores + found
+                tokens.scores = found
         if decision is not None:
             stage = self.schedule.stage_of(layer)
             if decision.scored_at is None:
@@ -240,7 +245,7 @@ class RoutedDecoder(nn.Module):
         if piece.first_layer and residual is None:
             hidden, residual = torch.zeros_like(hidden), hidden
         names = self._names[piece.first_layer : piece.end_layer]
-        metadata: StageMetadata = get_forward_context().attn_metadata[names[0]]
+        metadata: StageMetadata = of_layers()[names[0]]
         positions = tokens.running.positions
         if not metadata.pieces:
             tokens.hidden, tokens.residual = run(positions, hidden, residual)

@@ -14,6 +14,8 @@ import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context, override_forward_context
 
+from vllm_reroute.resolved import device_of, dtype_of
+
 
 @contextmanager
 def without_graphs() -> Iterator[None]:
@@ -43,8 +45,8 @@ class StageHandover:
             2,
             rows if graphs else 0,
             hidden_size,
-            dtype=vllm_config.model_config.dtype,
-            device=vllm_config.device_config.device,
+            dtype=dtype_of(vllm_config),
+            device=device_of(vllm_config),
         )
 
     def __call__(

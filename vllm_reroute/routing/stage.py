@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -26,12 +26,12 @@ def build_stage(layers: Sequence[nn.Module], stage: Stage, vllm_config: VllmConf
     name = f"Layers{stage.first_layer}To{stage.end_layer}"
 
     def forward(
-        self: nn.Module,
+        self: _DecoderStage,
         positions: torch.Tensor,
         hidden_states: torch.Tensor,
         residual: torch.Tensor | None,
         additions: IntermediateTensors | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         added = () if additions is None else tuple(additions.tensors.values())
         for index, layer in enumerate(self.layers):
             hidden_states, residual = layer(positions, hidden_states, residual)
@@ -43,7 +43,7 @@ def build_stage(layers: Sequence[nn.Module], stage: Stage, vllm_config: VllmConf
     forward.__qualname__ = f"{name}.forward"
     forward.__code__ = forward.__code__.replace(co_name="forward", co_qualname=f"{name}.forward")
     stage_class = type(name, (_DecoderStage,), {"forward": forward, "__module__": __name__})
-    compiled_class = support_torch_compile(
+    compiled_class: Callable[..., nn.Module] = support_torch_compile(
         dynamic_arg_dims={"positions": -1, "hidden_states": 0, "residual": 0, "additions": 0}
     )(stage_class)
     with set_model_tag(f"reroute_{name}"):

@@ -92,7 +92,8 @@ class TokenState:
         )
         self.chosen: torch.Tensor | None = None
         self.running = self.candidates
-        self.hidden, self.residual = stream, None
+        self.hidden = stream
+        self.residual: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
         self._prompts: dict[int, PromptRows] = {}
         self._layout: int | None = None
@@ -130,8 +131,9 @@ class TokenState:
             self.running, self.chosen = self.candidates, None
         else:
             scores = self.scores
+            assert scores is not None, "what is decided about has been scored"
             self.chosen = select_rows(
-                self.scores,
+                scores,
                 self.candidates.text,
                 prompts,
                 self._num_kept(stage),

@@ -94,8 +94,8 @@ class StepPlanner:
             num_tokens=num_tokens,
             lengths=lengths,
         )
-        fetches = plan.boundary is not None and len(plan.boundary.fetched)
-        return RoutedStep(plan, positions_of(plan.boundary.fetched) if fetches else None)
+        fetched = None if plan.boundary is None else plan.boundary.fetched
+        return RoutedStep(plan, positions_of(fetched) if fetched else None)
 
     def _batch_of(
         self, requests: list[Any], routing_of: Callable[[Any], RequestRouting | None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ def planned_step(
         step = _V1Batch(runner).plan(num_scheduled_tokens, num_reqs, num_tokens)
         check_graph(step, full_graph=full_graph)
         withhold_generators(runner, num_scheduled_tokens)
-    builders = [
+    builders: list[Any] = [
         builder
         for groups in runner.attn_groups
         for group in groups
@@ -121,6 +121,7 @@ class _V1Batch:
             positions = np.zeros((3, len(places)), dtype=np.int64)
             for index in np.unique(places.request).tolist():
                 own = places.request == index
-                of_request = runner.requests[self.req_ids[index]].mrope_positions.numpy()
-                positions[:, own] = of_request[:, places.position[own]]
+                of_request = runner.requests[self.req_ids[index]].mrope_positions
+                assert of_request is not None, "the model has them"
+                positions[:, own] = of_request.numpy()[:, places.position[own]]
         return to_device(positions, runner.device)

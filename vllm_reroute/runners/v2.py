@@ -42,6 +42,8 @@ class RoutedAttnMetadata(ModelSpecificAttnMetadata):
 class RoutedModelState(DefaultModelState):
     """vLLM's default state; `prepare_attn` also plans the step."""
 
+    model: Any
+    """A routed one."""
     planner: StepPlanner
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -87,7 +89,7 @@ class RoutedModelState(DefaultModelState):
             self._warm_up(attn_groups, kv_cache_config)
             step = self._plan(input_batch, cudagraph_mode, block_tables)
             check_graph(step, full_graph=cudagraph_mode == CUDAGraphMode.FULL)
-        return super().prepare_attn(
+        return super().prepare_attn(  # type: ignore[misc]  # args: what a later vLLM may add
             input_batch,
             cudagraph_mode,
             block_tables,

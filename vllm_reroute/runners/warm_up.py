@@ -23,6 +23,7 @@ from vllm_reroute.plan.chunks import LAST_TOKENS
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.step_plan import Places
 from vllm_reroute.plan.visual_spans import VisualSpans
+from vllm_reroute.resolved import dtype_of
 from vllm_reroute.runners.step_planner import StepPlanner
 from vllm_reroute.to_device import to_device
 
@@ -82,6 +83,7 @@ class WarmUp:
             self.planner.schedule,
             self.planner.block_size,
         )
+        assert routing is not None, "its prompt has visual tokens"
         # The second one reads back what waits in pages, and keys of text before the image.
         for computed in (0, before + num_visual // 2):
             self._step(routing, computed, num_prompt - computed)
@@ -104,7 +106,7 @@ class WarmUp:
         hidden = torch.zeros(
             scheduled,
             config.model_config.hf_text_config.hidden_size,
-            dtype=config.model_config.dtype,
+            dtype=dtype_of(config),
             device=self.device,
         )
         positions = Places(np.zeros(scheduled, np.int64), np.arange(scheduled) + computed)
@@ -139,6 +141,7 @@ class WarmUp:
                 slot_mapping=torch.full((scheduled,), PAD_SLOT_ID, device=self.device),
             )
             for group in groups:
-                metadata = group.get_metadata_builder(0).build(0, common, step=step)
+                builder: Any = group.get_metadata_builder(0)  # one of ours, which takes the step
+                metadata = builder.build(0, common, step=step)
                 built |= dict.fromkeys(group.layer_names, metadata)
         return built

@@ -15,7 +15,10 @@ from vllm_reroute.schedule.published import (
     SCORERS,
     TIERS,
     VARIANTS,
+    Action,
+    History,
     Schedule,
+    Variant,
     scale_decision_layers,
     starts_in_encoder,
 )
@@ -23,11 +26,11 @@ from vllm_reroute.schedule.routing_schedule import RoutingSchedule
 from vllm_reroute.schedule.values import check_choice, check_keep, number, numbers
 
 NO_SCHEDULE = "none"
-DEFAULT_ACTION = "reroute"
+DEFAULT_ACTION: Action = "reroute"
 DEFAULT_TIER = 192
-DEFAULT_VARIANT = "A"
+DEFAULT_VARIANT: Variant = "A"
 DEFAULT_SCORER = "attention"
-DEFAULT_HISTORY = "rerank"
+DEFAULT_HISTORY: History = "rerank"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +47,15 @@ class RerouteOptions:
     """
 
     schedule: str | None = None
-    action: str | None = None
-    variant: str | None = None
+    action: Action | None = None
+    variant: Variant | None = None
     tier: int | None = None
     budget: float | None = None
     layers: tuple[int, ...] | None = None
     keep: tuple[float, ...] | None = None
     scorer: str | None = None
     file: str | None = None
-    history: str | None = None
+    history: History | None = None
     turn_marker: str | None = None
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_reroute.schedule.budget import solve_keep_ratios, tier_keep_ratios
 from vllm_reroute.schedule.options import NO_SCHEDULE
-from vllm_reroute.schedule.published import HISTORIES, SCHEDULES, TIERS, Schedule
+from vllm_reroute.schedule.published import HISTORIES, SCHEDULES, TIERS, History, Schedule
 from vllm_reroute.schedule.routing_schedule import RoutingSchedule
 from vllm_reroute.schedule.values import check_choice, check_keep, number, numbers
 
@@ -42,7 +42,7 @@ class RequestOptions:
     budget: float | None = None
     keep: tuple[float, ...] | None = None
     schedule: str | None = None
-    history: str | None = None
+    history: History | None = None
     explain: Explain = False
 
     @classmethod

@@ -183,6 +183,7 @@ class RoutingSchedule:
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> RoutingSchedule:
         """The schedule of a routed engine."""
+        assert isinstance(vllm_config.additional_config, dict)
         return cls.from_dict(vllm_config.additional_config[SCHEDULE_KEY])
 
 

@@ -8,6 +8,7 @@ from vllm.platforms import current_platform
 
 from vllm_reroute.attention.backend import SUPPORTED_BACKENDS
 from vllm_reroute.logger import reroute_logger
+from vllm_reroute.resolved import dtype_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -77,7 +78,7 @@ def _selector_config(vllm_config: VllmConfig) -> AttentionSelectorConfig:
     model, cache = vllm_config.model_config, vllm_config.cache_config
     return AttentionSelectorConfig(
         head_size=model.get_head_size(),
-        dtype=model.dtype,
+        dtype=dtype_of(vllm_config),
         kv_cache_dtype=cache.cache_dtype,
         block_size=cache.block_size if cache.user_specified_block_size else None,
         use_batch_invariant=envs.VLLM_BATCH_INVARIANT,

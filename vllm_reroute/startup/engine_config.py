@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm.platforms import current_platform
 
@@ -65,10 +65,12 @@ def configure_routing(vllm_config: VllmConfig, options: RerouteOptions) -> VllmC
     if options.history == "keep" or options.turn_marker is not None:
         marker = turn_marker(model_config, options.turn_marker)
         schedule = replace(schedule, marker=marker)
-    additional: dict[str, Any] = dict(vllm_config.additional_config)
-    additional[CONFIG_KEY] = options.to_mapping()
-    additional[SCHEDULE_KEY] = schedule.to_dict()
-    vllm_config.additional_config = additional
+    assert isinstance(vllm_config.additional_config, dict), "reroute's options are an entry of it"
+    vllm_config.additional_config = {
+        **vllm_config.additional_config,
+        CONFIG_KEY: options.to_mapping(),
+        SCHEDULE_KEY: schedule.to_dict(),
+    }
     parallel = vllm_config.parallel_config
     parallel.worker_cls = routed_worker(parallel.worker_cls)
     choose_attention_backend(vllm_config)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from vllm_reroute.families.short_names import resolve_model
@@ -20,6 +22,8 @@ from vllm_reroute.schedule.published import ACTIONS, HISTORIES, SCHEDULES, SCORE
 GROUP_TITLE = "Reroute"
 _PREFIX = "reroute_"
 
+AddArgument = Callable[..., argparse.Action]
+
 
 def add_reroute_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags in a group of their own. Without any of them vLLM is untouched.
@@ -31,89 +35,93 @@ def add_reroute_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         description="Route visual tokens: at each decision layer the most attended ones run the "
         "next decoder layers, the others wait outside the KV cache (arXiv 2606.12412).",
     )
-    group.add_argument(
+    add = functools.partial(group.add_argument, default=argparse.SUPPRESS)
+    _add_schedule(add)
+    _add_own_choice(add)
+    _add_conversation(add)
+    return parser
+
+
+def _add_schedule(add: AddArgument) -> None:
+    """A published schedule, and how much it keeps."""
+    add(
         "--reroute-schedule",
         choices=[*SCHEDULES, NO_SCHEDULE],
-        default=argparse.SUPPRESS,
         help=f"Where to decide and how much to keep. {NO_SCHEDULE!r} serves without routing.",
     )
-    group.add_argument(
+    add(
         "--reroute-action",
         choices=ACTIONS,
-        default=argparse.SUPPRESS,
         help="What becomes of tokens that were not kept: 'reroute' lets them come back at the next "
         f"decision, 'remove' drops them for good. Default: {DEFAULT_ACTION}.",
     )
-    group.add_argument(
+    add(
         "--reroute-variant",
         choices=VARIANTS,
-        default=argparse.SUPPRESS,
         help="With schedule nuwa and action reroute, tokens the vision encoder rejects are gone (A) "
         f"or may come back like any other (B). Default: {DEFAULT_VARIANT}.",
     )
-    group.add_argument(
+    add(
         "--reroute-tier",
         type=int,
         choices=TIERS,
-        default=argparse.SUPPRESS,
         help="Published keep ratios, named by the average number of visual tokens per layer they "
         f"aim at for a 576-token image. Default: {DEFAULT_TIER}.",
     )
-    group.add_argument(
+    add(
         "--reroute-budget",
         type=float,
         metavar="AVG",
-        default=argparse.SUPPRESS,
         help="Instead of a tier: solve for ratios that average AVG visual tokens per layer for a "
         "576-token image, at this model's depth.",
     )
-    group.add_argument(
+
+
+def _add_own_choice(add: AddArgument) -> None:
+    """What may take the place of the published decisions, ratios and scores."""
+    add(
         "--reroute-layers",
         metavar="L1,L2,...",
-        default=argparse.SUPPRESS,
         help="Instead of a schedule: decision layers (0-based, increasing), e.g. 2,7,15,23.",
     )
-    group.add_argument(
+    add(
         "--reroute-keep",
         metavar="R1,R2,...",
-        default=argparse.SUPPRESS,
         help="With --reroute-layers: share of the image's visual tokens each stage keeps, e.g. "
         ".45,.45,.225,.1126.",
     )
-    group.add_argument(
+    add(
         "--reroute-scorer",
         choices=list(SCORERS),
-        default=argparse.SUPPRESS,
         help="What ranks visual tokens: the last prompt token's attention, the same accumulated over "
         "this and all earlier decisions (with reroute: later words of an answer may need what the "
         "first one no longer looks at), random choice, a baseline for quality comparisons, or one that "
-        "another distribution has brought. "
-        f"Default: {DEFAULT_SCORER}.",
+        f"another distribution has brought. Default: {DEFAULT_SCORER}.",
     )
-    group.add_argument(
+    add(
         "--reroute-file",
         metavar="FILE",
-        default=argparse.SUPPRESS,
         help="Instead of a schedule: one that 'vllm-reroute calibrate' has chosen for this model.",
     )
-    group.add_argument(
+
+
+def _add_conversation(add: AddArgument) -> None:
+    """What later turns of a conversation do."""
+    add(
         "--reroute-history",
         choices=HISTORIES,
-        default=argparse.SUPPRESS,
         help="What a later turn of a conversation does with earlier pictures: 'rerank' ranks all of "
         "them by the newest question; 'keep' finds what the question that came with a picture has "
         "kept, so that finished turns are read from the prefix cache in all layers. Default: "
         f"{DEFAULT_HISTORY}.",
     )
-    group.add_argument(
+    add(
         "--reroute-turn-marker",
         metavar="TEXT",
-        default=argparse.SUPPRESS,
         help="With --reroute-history keep, or to let requests ask for it: the text with which a "
         "prompt asks the assistant to speak, where the model's chat template does not say it, e.g. "
         "'ASSISTANT:'.",
     )
-    return parser
 
 
 def options_from_flags(args: argparse.Namespace) -> dict[str, Any]:
@@ -149,7 +157,8 @@ def fold_flags_when_parsed(parser: argparse.ArgumentParser) -> argparse.Argument
             _use_short_name(parsed)
         return parsed, rest
 
-    parser.parse_known_args = parse_and_fold
+    # Its overloads say no more than this: a namespace and the rest.
+    parser.parse_known_args = parse_and_fold  # type: ignore[method-assign, assignment]
     return parser
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
+    from vllm.renderers.chat_utils import ConversationMessage
 
 _WORDS = ("Where", "Is it red?")
 """What users say in the conversations rendered here; a marker does not depend on it."""
@@ -79,7 +80,11 @@ def _rendered(
 
     try:
         text = safe_apply_chat_template(
-            model_config, tokenizer, conversation, tokenize=False, add_generation_prompt=ask
+            model_config,
+            tokenizer,
+            cast("list[ConversationMessage]", conversation),
+            tokenize=False,
+            add_generation_prompt=ask,
         )
     except (ValueError, VLLMValidationError):
         return []

@@ -34,7 +34,7 @@ class Hook:
         """
         owner_name, _, attribute = self.qualname.rpartition(".")
         owner = getattr(import_module(self.module), owner_name, None)
-        declared = inspect.getattr_static(owner, attribute, None) if owner else None
+        declared: Any = inspect.getattr_static(owner, attribute, None) if owner else None
         kind = type(declared) if isinstance(declared, (staticmethod, classmethod)) else None
         original = declared.__func__ if kind else declared
         if getattr(original, _MARK, None) == self.name:

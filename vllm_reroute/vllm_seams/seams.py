@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from functools import reduce
 from importlib import import_module
+from typing import Any
 
 TESTED_VERSIONS = ("0.32", "0.33")
 """Series whose private parts fit. The first has a CPU build; the others ran as previews, see docs/."""
@@ -22,7 +22,9 @@ class Seam:
     def problem(self) -> str | None:
         """What differs from the tested version, or None."""
         try:
-            target = reduce(getattr, self.qualname.split("."), import_module(self.module))
+            target: Any = import_module(self.module)
+            for name in self.qualname.split("."):
+                target = getattr(target, name)
         except (ImportError, AttributeError):
             return f"{self.module}.{self.qualname} is gone"
         found = tuple(inspect.signature(target).parameters)[: len(self.parameters)]

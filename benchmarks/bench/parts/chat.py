@@ -46,7 +46,9 @@ K/V held by the request of a conversation's last turn while it is answered, over
 
 
 def waves(settings: Settings, progress: Progress) -> dict[str, Callable[[], dict]]:
-    found = {t.kind: partial(_measure_alone, settings, t, progress) for t in ALONE}
+    found: dict[str, Callable[[], dict]] = {
+        t.kind: partial(_measure_alone, settings, t, progress) for t in ALONE
+    }
     for number in settings.sizes.conversations:
         found[f"many-{number}"] = partial(_measure_many, settings, number, progress)
     return found

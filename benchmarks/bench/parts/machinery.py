@@ -58,7 +58,7 @@ def waves_of(
     settings: Settings, model: BenchModel, specs: list[EngineSpec], progress: Progress
 ) -> dict[str, Callable[[], dict]]:
     """Those engines beside stock, in as few waves as fit."""
-    found = {}
+    found: dict[str, Callable[[], dict]] = {}
     for number, wave in enumerate(chunked([EngineSpec(name=STOCK)], specs, settings.at_once)):
         found[f"groups-{number + 1}"] = partial(_measure, settings, model, wave, progress)
     return found
@@ -103,7 +103,7 @@ def summarise(measured: Mapping[str, dict]) -> dict:
 
 def rows_of(measured: Mapping[str, dict]) -> list[dict]:
     """One row for every engine, stock's once."""
-    rows = []
+    rows: list[dict] = []
     for wave in measured.values():
         stock = wave["engines"][STOCK]
         for engine, about in wave["engines"].items():

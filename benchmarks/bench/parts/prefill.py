@@ -40,7 +40,7 @@ def waves(settings: Settings, progress: Progress) -> dict[str, Callable[[], dict
         EngineSpec(name=STOCK),
         EngineSpec(name=SHALLOW, depth=settings.sizes.shallow_depth),
     ]
-    found = {}
+    found: dict[str, Callable[[], dict]] = {}
     plans = {str(tier): _of_tier(tier, model) for tier in settings.sizes.tiers}
     plans["nuwa"] = _pair("nuwa", model, settings.sizes.nuwa_tier, tier=settings.sizes.nuwa_tier)
     for name, specs in plans.items():

@@ -34,7 +34,9 @@ from its arrival to its first token: what the others wait between two of their t
 
 
 def waves(settings: Settings, progress: Progress) -> dict[str, Callable[[], dict]]:
-    found = {traffic.kind: partial(_measure, settings, traffic, progress) for traffic in TRAFFIC}
+    found: dict[str, Callable[[], dict]] = {
+        traffic.kind: partial(_measure, settings, traffic, progress) for traffic in TRAFFIC
+    }
     found["long"] = partial(_measure_long, settings, progress)
     return found
 

@@ -29,7 +29,9 @@ below the model's are engines with random weights."""
 
 def waves(settings: Settings, progress: Progress) -> dict[str, Callable[[], dict]]:
     model = settings.narrow()
-    found = {"images-and-batch": partial(_images_and_batch, settings, model, progress)}
+    found: dict[str, Callable[[], dict]] = {
+        "images-and-batch": partial(_images_and_batch, settings, model, progress)
+    }
     for share in settings.sizes.depths:
         depth = round(share * model.depth)
         found[f"depth-{depth}"] = partial(_depth, settings, model, depth, progress)

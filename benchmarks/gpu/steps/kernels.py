@@ -65,8 +65,8 @@ def attention(name: str, layout: str) -> dict:
 
     k, v, q = values_of(SEQ_LENS), values_of(SEQ_LENS), values_of(QUERY_LENS)
     lens = torch.tensor([*SEQ_LENS, *[0] * PADDED], dtype=torch.int32, device=dev)
-    starts = np.cumsum([0, *QUERY_LENS, *[0] * PADDED])
-    starts = torch.tensor(starts, dtype=torch.int32, device=dev)
+    ends = np.cumsum([0, *QUERY_LENS, *[0] * PADDED])
+    starts = torch.tensor(ends, dtype=torch.int32, device=dev)
     out = torch.full_like(torch.cat(q), float("nan"))
     run = _flash if name == "FLASH_ATTN" else _triton
     run(
@@ -101,6 +101,7 @@ def _flash(q, k, v, out, keys, values, slots, table, lens, starts) -> None:
     )
 
     version, one = get_flash_attn_version(), torch.ones((), device=q.device)
+    assert version is not None, "asked for where there is one"
     reshape_and_cache_flash(k, v, keys, values, slots, "auto", one, one)
     planned = None
     if version == 3:

@@ -71,8 +71,8 @@ DEVICE = (
     Mutant(
         name="accumulated-scores-forgotten",
         file="vllm_reroute/routing/decoder.py",
-        old="adds = scorer.accumulates and tokens.scores is not None",
-        new="adds = False",
+        old="found = tokens.scores + found",
+        new="pass",
         killers=("tests/unit/test_routed_step.py::test_scores_of_all_decisions_add_up",),
     ),
     Mutant(
@@ -136,8 +136,8 @@ DEVICE = (
     Mutant(
         name="v1-m-rope-in-one-dimension",
         file="vllm_reroute/runners/v1.py",
-        old="of_request[:, places.position[own]]",
-        new="of_request[:1, places.position[own]]",
+        old="of_request.numpy()[:, places.position[own]]",
+        new="of_request.numpy()[:1, places.position[own]]",
         killers=("tests/unit/test_runners.py::test_v1_positions_of_fetched_tokens",),
     ),
     Mutant(

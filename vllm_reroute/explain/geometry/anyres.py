@@ -8,6 +8,7 @@ follows each row (https://llava-vl.github.io/blog/2024-01-30-llava-next).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ class _Tower:
             axis=1,
         )
 
-    def _pixel(self, edges: np.ndarray, tile_of: np.ufunc) -> np.ndarray:
+    def _pixel(self, edges: np.ndarray, tile_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         tile = tile_of(edges / self.side)
         return tile * self.pixels + (edges - tile * self.side) * self.patch
 

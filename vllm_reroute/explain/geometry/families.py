@@ -89,6 +89,7 @@ def _check_tower(config: PretrainedConfig) -> None:
 
 def _check_image(config: PretrainedConfig, picture: Picture) -> None:
     if picture.is_video:
+        assert config.architectures, "it named the family"
         raise ValueError(
             f"--video {picture.name}: {config.architectures[0]} takes images only. Give --image, or "
             "choose a model that takes videos: Qwen-VL or LLaVA-OneVision."

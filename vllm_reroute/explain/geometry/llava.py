@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,13 +10,16 @@ from vllm_reroute.explain.geometry.axis import Axis, in_row
 from vllm_reroute.explain.geometry.patches import Panel, Patches, grid_boxes
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PretrainedConfig
+    from transformers import PretrainedConfig
 
 
 def image_patches(
-    config: PretrainedConfig, image_processor: BaseImageProcessor, width: int, height: int
+    config: PretrainedConfig, image_processor: Any, width: int, height: int
 ) -> Patches:
-    """Patches of an image of width x height pixels; a class token, if kept, covers none."""
+    """Patches of an image of width x height pixels; a class token, if kept, covers none.
+
+    image_processor: transformers' one of CLIP, SigLIP or LLaVA.
+    """
     columns, rows = _canvas(image_processor, Axis.of(width), Axis.of(height))
     side = config.vision_config.image_size // config.vision_config.patch_size
     grid = in_row(side, config.vision_config.patch_size)
@@ -28,7 +31,7 @@ def image_patches(
     )
 
 
-def _canvas(processor: BaseImageProcessor, columns: Axis, rows: Axis) -> tuple[Axis, Axis]:
+def _canvas(processor: Any, columns: Axis, rows: Axis) -> tuple[Axis, Axis]:
     """The steps of transformers' CLIP, SigLIP and LLaVA processors, in their order."""
     size, crop = processor.size, processor.crop_size
     if getattr(processor, "do_pad", False):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 from vllm.distributed import get_tp_group
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLinearMethod
 
 from vllm_reroute.attention.key_pages import read_keys, write_keys
+from vllm_reroute.attention.layer import RoutedAttention
 from vllm_reroute.routing.prompt_rows import PromptRows
 from vllm_reroute.routing.scorers.scorer import Scorer, ScoringLayer
 
@@ -94,21 +96,35 @@ class KeepsKeyRows(UnquantizedLinearMethod):
         self.rows = rows
         self._copied: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         before = layer.weight
         self._copied = None
-        rows = self.key_rows(layer)
-        copies = tuple(None if t is None else t.clone() for t in rows)
+        weight, bias = self.key_rows(layer)
+        copies = weight.clone(), None if bias is None else bias.clone()
         super().process_weights_after_loading(layer)
         if len(layer.weight) != len(before):
             self._copied = copies
 
-    def key_rows(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def key_rows(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight [kv, hidden] and bias [kv] or None of the keys."""
         if self._copied is not None:
             return self._copied
         bias = getattr(layer, "bias", None)
         return layer.weight.detach()[self.rows], None if bias is None else bias.detach()[self.rows]
+
+
+class DecoderAttention(Protocol):
+    """What scores are computed with: the names of vLLM's decoders, the same in all families."""
+
+    attn: RoutedAttention
+    qkv_proj: QKVParallelLinear
+    rotary_emb: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    q_size: int
+    kv_size: int
+    head_dim: int
+    scaling: float
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]: ...
 
 
 class LastTokenScorer(Scorer):
@@ -124,7 +140,7 @@ class LastTokenScorer(Scorer):
         self.rule = at.rule
         self.most_rows = at.most_rows
         self.norm = at.layer.input_layernorm
-        self.attention = at.layer.self_attn
+        self.attention: DecoderAttention = at.layer.self_attn
         modules = dict(self.attention.named_children())
         self._head_norms = {n: modules[n] for n in ("q_norm", "k_norm") if n in modules}
         # Only unquantised weights can be sliced; others use the whole fused projection.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-from torch import nn
 
 if TYPE_CHECKING:
     from vllm_reroute.routing.prompt_rows import PromptRows
@@ -18,12 +17,12 @@ class ScoringLayer:
     """Where a scorer works.
 
     number: of the decoder layer whose input is scored, from 0. layer: that layer, a module of vLLM's
-    with its weights. rule: which attention rows score in this model family. most_rows: rows to work
+    with its weights, of any family. rule: which attention rows score in this model family. most_rows: rows to work
     on at a time, for scorers that need much memory for each.
     """
 
     number: int
-    layer: nn.Module
+    layer: Any
     rule: ScoringRule
     most_rows: int
 
