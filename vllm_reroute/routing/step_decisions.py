@@ -9,7 +9,6 @@ import torch
 
 from vllm_reroute.plan.decided_turn import DecidedTurn, brought_back
 from vllm_reroute.plan.step_plan import ImagePrefill, StepPlan
-from vllm_reroute.routing.prompt_rows import PromptRows
 from vllm_reroute.routing.token_state import Choice
 from vllm_reroute.schedule.request_options import SCORES
 
@@ -19,12 +18,13 @@ class _Decision:
     """One decision: for which stage, among whom, by what.
 
     among: number of the decision whose kept tokens were its candidates; None for all of the step's.
-    prompts: where scores are, of requests that want to be told them.
+    scored: per prompt, where its candidates' scores are in its row of them; None where nobody wants
+    to be told scores, or there are none.
     """
 
     stage: int
     among: int | None
-    prompts: PromptRows | None
+    scored: tuple[slice, ...] | None
 
 
 class StepDecisions:
@@ -43,12 +43,11 @@ class StepDecisions:
         rows = choice.running.rows
         kept = torch.zeros(choice.plan.candidates.num_tokens, dtype=torch.bool, device=rows.device)
         self._kept.append(kept.index_fill_(0, rows, True))
-        scored = self._wants_scores and choice.scores is not None
-        if scored:
+        scored = None
+        if self._wants_scores and choice.scores is not None:
             self._scores.append(choice.scores)
-        self._decisions.append(
-            _Decision(choice.stage, self._among, choice.prompts if scored else None)
-        )
+            scored = tuple(map(slice, choice.prompts.num_cached, choice.prompts.lens))
+        self._decisions.append(_Decision(choice.stage, self._among, scored))
         if removes:
             self._among = len(self._decisions) - 1
 
@@ -105,9 +104,8 @@ class HostDecisions:
             ranked = np.full(runs.shape, np.nan, dtype=np.float32)
             ranks = iter(scores)
             for decision in self._decisions:
-                if decision.prompts is not None:
-                    begin, end = decision.prompts.num_cached[number], decision.prompts.lens[number]
-                    of_rows = next(ranks)[number, begin:end]
+                if decision.scored is not None:
+                    of_rows = next(ranks)[number, decision.scored[number]]
                     here = np.ones_like(visual) if decision.among is None else kept[decision.among]
                     ranked[here[visual], decision.stage] = of_rows[visual[here]]
             told = np.stack((runs.astype(np.float32), ranked), axis=-1)

@@ -14,7 +14,12 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm_reroute.plan.decided_turn import send
 
 if TYPE_CHECKING:
+    from vllm.v1.worker.worker_base import WorkerBase as _Stock
+
     from vllm_reroute.routing.step_decisions import HostDecisions
+else:
+    # What stands behind the mixin is known where it is used.
+    _Stock = object
 
 _DOT = "/"
 """Stands for a dot in a name that must be an attribute of this module."""
@@ -25,12 +30,13 @@ def routed_worker(worker_cls: str) -> str:
     return f"{__name__}.{worker_cls.replace('.', _DOT)}"
 
 
-class RoutedWorker:
+class RoutedWorker(_Stock):
     """Mixin in front of a worker class of vLLM's."""
 
     def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         output = super().sample_tokens(grammar_output)
-        decisions = self.get_model().routed_decoder.take_decisions()
+        model: Any = self.get_model()
+        decisions = model.routed_decoder.take_decisions()
         if decisions is None:
             return output
         if isinstance(output, AsyncModelRunnerOutput):

@@ -181,7 +181,7 @@ def _given(extra_args: Mapping[str, Any]) -> dict[str, Any]:
 def _explain(value: Any) -> Explain:
     """Raises ValueError for what is neither yes, no nor `SCORES`."""
     # In `vllm_xargs` JSON's true and false arrive as 1 and 0.
-    known = {None: False, False: False, True: True, SCORES: SCORES}
+    known: dict[Any, Explain] = {None: False, False: False, True: True, SCORES: SCORES}
     if not isinstance(value, bool | int | float | str | None) or value not in known:
         raise ValueError(
             f"reroute_explain {value!r} is unknown. Allowed: true for the visual tokens every stage "
