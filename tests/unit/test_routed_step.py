@@ -50,6 +50,7 @@ def alone(model, request):
     num_prompt = len(request.states) - GENERATED
     states = [run.step({0: num_prompt})[0][-1]]
     states += [run.step({0: 1})[0][0] for _ in range(GENERATED)]
+    assert all(state.any() for state in states), "rows of tokens that do not run hold zeros"
     return torch.stack(states)
 
 
