@@ -2,33 +2,36 @@
 
 import csv
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from benchmarks.grounding.guidance import SUBJECT_LAYERS, TARGET_LAYERS
-from benchmarks.grounding.questions import KINDS
+from benchmarks.grounding.questions import EVERY_KIND
+from benchmarks.grounding.recipe import Recipe
 from benchmarks.grounding.vocabulary import ATTRIBUTES
 
 COLUMNS = (
     "phase", "step", "cpu_s", "loss", "guidance_loss", "naming_loss",
-    *(f"names_{name}" for name in ATTRIBUTES), *KINDS,
+    *(f"names_{name}" for name in ATTRIBUTES),
 )  # fmt: skip
 
 
 class Curve:
     """Means since the last row, over fresh training pictures (none is ever seen twice)."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Sequence[str]) -> None:
+        """kinds: of questions that have a column."""
+        self.kinds = kinds
         self.rows: list[dict[str, str]] = []
         self._clear()
 
     def _clear(self) -> None:
         self.answering: list[list[float]] = []
         self.naming: list[list[float]] = []
-        self.asked = [0] * len(KINDS)
-        self.right = [0] * len(KINDS)
+        self.asked = [0] * len(EVERY_KIND)
+        self.right = [0] * len(EVERY_KIND)
 
     def add_naming(self, loss: Tensor, shares: Tensor) -> None:
         self.naming.append([loss.item(), *shares.tolist()])
@@ -41,10 +44,11 @@ class Curve:
     def close(self, phase: str, step: int) -> str:
         """Appends the row of that step and returns it as a line to print."""
         answering = _means(self.answering) or ["", ""]
-        shares = [f"{r / a:.3f}" if a else "" for r, a in zip(self.right, self.asked, strict=True)]
+        every = zip(EVERY_KIND, self.right, self.asked, strict=True)
+        shares = {kind: f"{r / a:.3f}" if a else "" for kind, r, a in every if kind in self.kinds}
         cpu_s = f"{time.process_time():.0f}"
-        values = (phase, str(step), cpu_s, *answering, *_means(self.naming), *shares)
-        self.rows.append(dict(zip(COLUMNS, values, strict=True)))
+        values = (phase, str(step), cpu_s, *answering, *_means(self.naming))
+        self.rows.append(dict(zip(COLUMNS, values, strict=True)) | shares)
         self._clear()
         return " ".join(f"{k}={v}" for k, v in self.rows[-1].items() if v)
 
@@ -55,18 +59,19 @@ def _means(rows: list[list[float]]) -> list[str]:
 
 def write_curve(path: Path, rows: list[dict[str, str]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
 def write_card(
-    folder: Path,
+    recipe: Recipe,
     shares: Mapping[str, float],
     asked: int,
     done: Mapping[str, int],
     rows: list[dict[str, str]],
 ) -> None:
+    folder = recipe.folder
     write_curve(folder / "curve.csv", rows)
     table = "\n".join(f"| {kind} | {100 * share:.1f} % |" for kind, share in shares.items())
     card = CARD.format(

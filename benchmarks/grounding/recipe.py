@@ -1,0 +1,109 @@
+"""How a model is made: its shape, what it is asked while it learns, and whether it is told where to look."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.grounding.lessons import Lesson
+from benchmarks.grounding.new_model import Shape
+from benchmarks.grounding.questions import KINDS
+from benchmarks.grounding.vocabulary import ATTRIBUTES
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of training.
+
+    rates: peak learning rates, Muon's of matrices in the tower and in the decoder, AdamW's of everything else; 0 for
+    what is not trained. cooldown: share of the steps in which rates fall to zero.
+    """
+
+    steps: int
+    lesson: Lesson  # pictures are those of one worker
+    first_seed: int
+    rates: tuple[float, float, float]
+    cooldown: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """folder: of the checkpoint. kinds: it is to answer. named: attributes that its visual tokens learn to name."""
+
+    folder: Path
+    shape: Shape
+    kinds: tuple[str, ...]
+    named: tuple[str, ...]
+    seeing: Phase
+    answering: Phase
+
+    @property
+    def phases(self) -> dict[str, Phase]:
+        return {"seeing": self.seeing, "answering": self.answering}
+
+
+# Kinds that need more practice are asked more often.
+HARDER = ("count", "largest", "beside", "beside-label", "largest-beside", "largest-beside")
+GUIDED = Recipe(
+    folder=HERE / "model",
+    shape=Shape(),
+    kinds=tuple(KINDS),
+    named=tuple(ATTRIBUTES),
+    seeing=Phase(
+        steps=1500,
+        lesson=Lesson(pictures=24),
+        first_seed=10**7,
+        rates=(0.02, 0.0, 3e-3),
+        cooldown=0.4,
+    ),
+    answering=Phase(
+        steps=2600,
+        lesson=Lesson(pictures=6, kinds=(*KINDS, *HARDER)),
+        first_seed=3 * 10**8,
+        rates=(0.004, 0.01, 2e-3),
+        cooldown=0.45,
+    ),
+)
+_COARSE = 21
+_ONE_LOOK = ("where", "at", "where-beside", "beside-place")
+WITNESS = Recipe(
+    folder=HERE / "witness",
+    shape=Shape(
+        width=96,
+        text_layers=16,
+        own_layers=4,
+        text_feed_forward=192,
+        vision_layers=4,
+        vision_feed_forward=192,
+        patch_size=_COARSE,
+        looks_on_from=0,
+    ),
+    kinds=(*_ONE_LOOK, "beside"),
+    named=("cell", "colour", "shape", "part"),
+    seeing=Phase(
+        steps=800,
+        lesson=Lesson(pictures=24, patch_size=_COARSE),
+        first_seed=10**7,
+        rates=(0.02, 0.0, 3e-3),
+        cooldown=0.4,
+    ),
+    answering=Phase(
+        steps=6000,
+        lesson=Lesson(
+            pictures=8,
+            kinds=(*_ONE_LOOK, "beside", "beside"),
+            patch_size=_COARSE,
+            guided=False,
+        ),
+        first_seed=3 * 10**8,
+        rates=(0.0, 0.01, 2e-3),
+        cooldown=0.3,
+    ),
+)
+RECIPES = {"guided": GUIDED, "witness": WITNESS}
+
+
+def kinds_of(folder: Path) -> tuple[str, ...]:
+    """What the checkpoint there can be asked; of one that no recipe makes, the guided model's."""
+    made = {recipe.folder: recipe.kinds for recipe in RECIPES.values()}
+    return made.get(folder.resolve(), GUIDED.kinds)
