@@ -4,10 +4,10 @@ import csv
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 
 from torch import Tensor
 
-from benchmarks.grounding.guidance import SUBJECT_LAYERS, TARGET_LAYERS
 from benchmarks.grounding.questions import EVERY_KIND
 from benchmarks.grounding.recipe import Recipe
 from benchmarks.grounding.vocabulary import ATTRIBUTES
@@ -74,13 +74,21 @@ def write_card(
     folder = recipe.folder
     write_curve(folder / "curve.csv", rows)
     table = "\n".join(f"| {kind} | {100 * share:.1f} % |" for kind, share in shares.items())
-    card = CARD.format(
-        table=table,
-        asked=asked,
-        subject=f"{SUBJECT_LAYERS[0]} to {SUBJECT_LAYERS[-1]}",
-        target=f"{TARGET_LAYERS[0]} to {TARGET_LAYERS[-1]}",
-        **done,
+    story, shape = recipe.story, recipe.shape
+    about = (
+        f"A LLaVA-1.5 (CLIP tower, projector, {shape.text_layers}-layer Llama decoder, {shape.patches**2} visual "
+        "tokens) small enough to be trained on two CPU cores. It answers questions about rendered scenes of labelled "
+        f"shapes, and nothing else. {story.about}"
     )
+    training = (
+        f"`{story.command}`, seed 0: {done['seeing']} steps in which the tower learns to name what each patch shows, "
+        f"then {done['answering']} steps of questions, many about a picture in one pass, none seeing another, "
+        f"{story.tower}. Token routing has no part in training. `curve.csv` holds the learning curve (fresh training "
+        "pictures)."
+    )
+    paragraphs = {"about": about, "training": training, "looking": story.looking}
+    filled = {name: fill(text, 119, break_on_hyphens=False) for name, text in paragraphs.items()}
+    card = CARD.format(title=story.title, table=table, asked=asked, **filled)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -88,11 +96,9 @@ CARD = """---
 license: apache-2.0
 pipeline_tag: image-text-to-text
 ---
-# Grounding LLaVA
+# {title}
 
-A LLaVA-1.5 (CLIP tower, projector, 32-layer Llama decoder, 144 visual tokens) small enough to be trained on two CPU
-cores. It answers questions about rendered scenes of labelled shapes, and nothing else. Its decoder is as deep as
-LLaVA-1.5-7B's, so published decision layers apply as they stand.
+{about}
 
 ## Data
 Scenes from `benchmarks/grounding/scenes.py`: 5 to 9 labelled, coloured shapes on a 4x4 grid of places, on crops of
@@ -100,14 +106,9 @@ four photographs that scikit-image ships (public domain or CC0), clouds or strip
 `benchmarks/grounding/questions.py`. Train, validation and test use disjoint ranges of scene seeds.
 
 ## Training
-`python -m benchmarks.grounding.train`, seed 0: {seeing} steps in which the tower learns to name what each patch shows,
-then {answering} steps of questions, many about a picture in one pass, none seeing another, with the naming loss kept as
-a second aim. Token routing has no part in training. `curve.csv` holds the learning curve (fresh training pictures).
+{training}
 
-**Guided attention.** While it learned to answer, one head of each layer was told where to look: in layers {subject}
-at what the question names, in layers {target} at what the answer is read from (`guidance.py`). The guidance fades to
-nothing before training ends. So this model looks at different tokens at different depths because it was taught to;
-how far larger models do so by themselves, it cannot tell.
+{looking}
 
 ## Exact answers
 Greedy, {asked} questions of the test split, weights as saved (bf16), computed in fp32.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.grounding.guidance import SUBJECT_LAYERS, TARGET_LAYERS
 from benchmarks.grounding.lessons import Lesson
 from benchmarks.grounding.new_model import Shape
 from benchmarks.grounding.questions import KINDS
@@ -27,10 +28,22 @@ class Phase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Story:
+    """What its card says of a model beyond figures. tower: what became of it while the model learned to answer."""
+
+    title: str
+    about: str
+    command: str
+    tower: str
+    looking: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """folder: of the checkpoint. kinds: it is to answer. named: attributes that its visual tokens learn to name."""
 
     folder: Path
+    story: Story
     shape: Shape
     kinds: tuple[str, ...]
     named: tuple[str, ...]
@@ -42,10 +55,27 @@ class Recipe:
         return {"seeing": self.seeing, "answering": self.answering}
 
 
+def _ends(layers: range) -> str:
+    return f"{layers[0]} to {layers[-1]}"
+
+
 # Kinds that need more practice are asked more often.
 HARDER = ("count", "largest", "beside", "beside-label", "largest-beside", "largest-beside")
 GUIDED = Recipe(
     folder=HERE / "model",
+    story=Story(
+        title="Grounding LLaVA",
+        about="Its decoder is as deep as LLaVA-1.5-7B's, so published decision layers apply as they stand.",
+        command="python -m benchmarks.grounding.train",
+        tower="with the naming loss kept as a second aim",
+        looking=(
+            "**Guided attention.** While it learned to answer, one head of each layer was told where to look: in "
+            f"layers {_ends(SUBJECT_LAYERS)} at what the question names, in layers {_ends(TARGET_LAYERS)} at what the "
+            "answer is read from (`guidance.py`). The guidance fades to nothing before training ends. So this model "
+            "looks at different tokens at different depths because it was taught to; how far larger models do so by "
+            "themselves, it cannot tell."
+        ),
+    ),
     shape=Shape(),
     kinds=tuple(KINDS),
     named=tuple(ATTRIBUTES),
@@ -68,6 +98,17 @@ _COARSE = 21
 _ONE_LOOK = ("where", "at", "where-beside", "beside-place")
 WITNESS = Recipe(
     folder=HERE / "witness",
+    story=Story(
+        title="A second witness",
+        about="It was made to check what the guided model shows: nothing told this one where to look.",
+        command="python -m benchmarks.grounding.train --recipe witness --workers 1",
+        tower="with the tower left as it was",
+        looking=(
+            "**No guidance.** Only answers taught the decoder. Its layers 4 to 15 repeat layers 0 to 3 in turn, with "
+            "the same weights, so that training cannot tell one depth from another: where it looks at which depth "
+            'follows from the question. "beside" takes two looks; its halves, asked as kinds of their own, one each.'
+        ),
+    ),
     shape=Shape(
         width=96,
         text_layers=16,
