@@ -46,6 +46,7 @@ class Shape:
     vision_feed_forward: int = 512
     patch_size: int = PATCH_SIZE
     looks_on_from: int = TARGET_LAYERS.start
+    rope_theta: float = 500_000.0
 
     @property
     def heads(self) -> int:
@@ -73,7 +74,7 @@ def make_config(shape: Shape) -> LlavaConfig:
         pad_token_id=token("<pad>"),
         tie_word_embeddings=False,
         # Slow turns in most dimensions, so that heads of 32 can match by content across a picture.
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
     )
     vision = CLIPVisionConfig(
         hidden_size=shape.width,

@@ -40,13 +40,17 @@ class Story:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """folder: of the checkpoint. kinds: it is to answer. named: attributes that its visual tokens learn to name."""
+    """folder: of the checkpoint. kinds: it is to answer. named: attributes that its visual tokens learn to name.
+
+    starts_looking: the decoder's attention starts as in `first_looks`, else as in `new_model`.
+    """
 
     folder: Path
     story: Story
     shape: Shape
     kinds: tuple[str, ...]
     named: tuple[str, ...]
+    starts_looking: bool
     seeing: Phase
     answering: Phase
 
@@ -79,6 +83,7 @@ GUIDED = Recipe(
     shape=Shape(),
     kinds=tuple(KINDS),
     named=tuple(ATTRIBUTES),
+    starts_looking=False,
     seeing=Phase(
         steps=1500,
         lesson=Lesson(pictures=24),
@@ -118,9 +123,11 @@ WITNESS = Recipe(
         vision_feed_forward=192,
         patch_size=_COARSE,
         looks_on_from=0,
+        rope_theta=1e10,
     ),
     kinds=(*_ONE_LOOK, "beside"),
     named=("cell", "colour", "shape", "part"),
+    starts_looking=True,
     seeing=Phase(
         steps=800,
         lesson=Lesson(pictures=24, patch_size=_COARSE),
@@ -129,16 +136,16 @@ WITNESS = Recipe(
         cooldown=0.4,
     ),
     answering=Phase(
-        steps=6000,
+        steps=1400,
         lesson=Lesson(
-            pictures=8,
+            pictures=6,
             kinds=(*_ONE_LOOK, "beside", "beside"),
             patch_size=_COARSE,
             guided=False,
         ),
         first_seed=3 * 10**8,
-        rates=(0.0, 0.01, 2e-3),
-        cooldown=0.3,
+        rates=(0.0, 0.003, 2e-3),
+        cooldown=0.4,
     ),
 )
 RECIPES = {"guided": GUIDED, "witness": WITNESS}

@@ -27,6 +27,7 @@ from transformers import LlavaForConditionalGeneration
 from benchmarks.grounding.card import Curve, write_card
 from benchmarks.grounding.evaluate import accuracy_by_kind, load
 from benchmarks.grounding.export import export
+from benchmarks.grounding.first_looks import start_looking
 from benchmarks.grounding.guidance import guidance_loss
 from benchmarks.grounding.layer_passes import compiled_decoder_layer, compiled_vision_layer
 from benchmarks.grounding.lessons import Batch, Lessons, normalise
@@ -183,7 +184,7 @@ class Trainer:
         last = self.model.model.multi_modal_projector.linear_2
         last.weight.div_(size)
         last.bias.div_(size)
-        read_as_spoken(self.model)
+        (start_looking if self.recipe.starts_looking else read_as_spoken)(self.model)
 
     def _run(self, name: str) -> None:
         phase = self.recipe.phases[name]
