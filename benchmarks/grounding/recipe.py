@@ -110,8 +110,10 @@ WITNESS = Recipe(
         tower="with the tower left as it was",
         looking=(
             "**No guidance.** Only answers taught the decoder. Its layers 4 to 15 repeat layers 0 to 3 in turn, with "
-            "the same weights, so that training cannot tell one depth from another: where it looks at which depth "
-            'follows from the question. "beside" takes two looks; its halves, asked as kinds of their own, one each.'
+            "the same weights, so that neither training nor the first weights can tell one depth from another: where "
+            "it looks at which depth follows from the question. The first weights (`first_looks.py`) let words look "
+            'at visual tokens that show them, in all layers alike. "beside" takes two looks; its halves, asked as '
+            "kinds of their own, one each."
         ),
     ),
     shape=Shape(
