@@ -2,33 +2,36 @@
 
 import csv
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 
 from torch import Tensor
 
-from benchmarks.grounding.guidance import SUBJECT_LAYERS, TARGET_LAYERS
-from benchmarks.grounding.questions import KINDS
+from benchmarks.grounding.questions import EVERY_KIND
+from benchmarks.grounding.recipe import Recipe
 from benchmarks.grounding.vocabulary import ATTRIBUTES
 
 COLUMNS = (
     "phase", "step", "cpu_s", "loss", "guidance_loss", "naming_loss",
-    *(f"names_{name}" for name in ATTRIBUTES), *KINDS,
+    *(f"names_{name}" for name in ATTRIBUTES),
 )  # fmt: skip
 
 
 class Curve:
     """Means since the last row, over fresh training pictures (none is ever seen twice)."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Sequence[str]) -> None:
+        """kinds: of questions that have a column."""
+        self.kinds = kinds
         self.rows: list[dict[str, str]] = []
         self._clear()
 
     def _clear(self) -> None:
         self.answering: list[list[float]] = []
         self.naming: list[list[float]] = []
-        self.asked = [0] * len(KINDS)
-        self.right = [0] * len(KINDS)
+        self.asked = [0] * len(EVERY_KIND)
+        self.right = [0] * len(EVERY_KIND)
 
     def add_naming(self, loss: Tensor, shares: Tensor) -> None:
         self.naming.append([loss.item(), *shares.tolist()])
@@ -41,10 +44,11 @@ class Curve:
     def close(self, phase: str, step: int) -> str:
         """Appends the row of that step and returns it as a line to print."""
         answering = _means(self.answering) or ["", ""]
-        shares = [f"{r / a:.3f}" if a else "" for r, a in zip(self.right, self.asked, strict=True)]
+        every = zip(EVERY_KIND, self.right, self.asked, strict=True)
+        shares = {kind: f"{r / a:.3f}" if a else "" for kind, r, a in every if kind in self.kinds}
         cpu_s = f"{time.process_time():.0f}"
-        values = (phase, str(step), cpu_s, *answering, *_means(self.naming), *shares)
-        self.rows.append(dict(zip(COLUMNS, values, strict=True)))
+        values = (phase, str(step), cpu_s, *answering, *_means(self.naming))
+        self.rows.append(dict(zip(COLUMNS, values, strict=True)) | shares)
         self._clear()
         return " ".join(f"{k}={v}" for k, v in self.rows[-1].items() if v)
 
@@ -55,27 +59,36 @@ def _means(rows: list[list[float]]) -> list[str]:
 
 def write_curve(path: Path, rows: list[dict[str, str]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
 def write_card(
-    folder: Path,
+    recipe: Recipe,
     shares: Mapping[str, float],
     asked: int,
     done: Mapping[str, int],
     rows: list[dict[str, str]],
 ) -> None:
+    folder = recipe.folder
     write_curve(folder / "curve.csv", rows)
     table = "\n".join(f"| {kind} | {100 * share:.1f} % |" for kind, share in shares.items())
-    card = CARD.format(
-        table=table,
-        asked=asked,
-        subject=f"{SUBJECT_LAYERS[0]} to {SUBJECT_LAYERS[-1]}",
-        target=f"{TARGET_LAYERS[0]} to {TARGET_LAYERS[-1]}",
-        **done,
+    story, shape = recipe.story, recipe.shape
+    about = (
+        f"A LLaVA-1.5 (CLIP tower, projector, {shape.text_layers}-layer Llama decoder, {shape.patches**2} visual "
+        "tokens) small enough to be trained on two CPU cores. It answers questions about rendered scenes of labelled "
+        f"shapes, and nothing else. {story.about}"
     )
+    training = (
+        f"`{story.command}`, seed 0: {done['seeing']} steps in which the tower learns to name what each patch shows, "
+        f"then {done['answering']} steps of questions, many about a picture in one pass, none seeing another, "
+        f"{story.tower}. Token routing has no part in training. `curve.csv` holds the learning curve (fresh training "
+        "pictures)."
+    )
+    paragraphs = {"about": about, "training": training, "looking": story.looking}
+    filled = {name: fill(text, 119, break_on_hyphens=False) for name, text in paragraphs.items()}
+    card = CARD.format(title=story.title, table=table, asked=asked, **filled)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -83,11 +96,9 @@ CARD = """---
 license: apache-2.0
 pipeline_tag: image-text-to-text
 ---
-# Grounding LLaVA
+# {title}
 
-A LLaVA-1.5 (CLIP tower, projector, 32-layer Llama decoder, 144 visual tokens) small enough to be trained on two CPU
-cores. It answers questions about rendered scenes of labelled shapes, and nothing else. Its decoder is as deep as
-LLaVA-1.5-7B's, so published decision layers apply as they stand.
+{about}
 
 ## Data
 Scenes from `benchmarks/grounding/scenes.py`: 5 to 9 labelled, coloured shapes on a 4x4 grid of places, on crops of
@@ -95,14 +106,9 @@ four photographs that scikit-image ships (public domain or CC0), clouds or strip
 `benchmarks/grounding/questions.py`. Train, validation and test use disjoint ranges of scene seeds.
 
 ## Training
-`python -m benchmarks.grounding.train`, seed 0: {seeing} steps in which the tower learns to name what each patch shows,
-then {answering} steps of questions, many about a picture in one pass, none seeing another, with the naming loss kept as
-a second aim. Token routing has no part in training. `curve.csv` holds the learning curve (fresh training pictures).
+{training}
 
-**Guided attention.** While it learned to answer, one head of each layer was told where to look: in layers {subject}
-at what the question names, in layers {target} at what the answer is read from (`guidance.py`). The guidance fades to
-nothing before training ends. So this model looks at different tokens at different depths because it was taught to;
-how far larger models do so by themselves, it cannot tell.
+{looking}
 
 ## Exact answers
 Greedy, {asked} questions of the test split, weights as saved (bf16), computed in fp32.

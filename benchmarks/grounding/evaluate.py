@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from benchmarks.grounding.questions import ANSWER_TOKENS, KINDS, SPLITS, Question, questions
+from benchmarks.grounding.questions import ANSWER_TOKENS, EVERY_KIND, SPLITS, Question, questions
 
 MODEL = Path(__file__).resolve().parent / "model"
 
@@ -57,7 +57,7 @@ def accuracy_by_kind(
     batch: int = 32,
 ) -> dict[str, float]:
     """Share of exact answers per kind, and over all questions under "all"."""
-    right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    right: dict[str, list[bool]] = {kind: [] for kind in EVERY_KIND}
     asked = iter(asked)
     while chunk := list(itertools.islice(asked, batch)):
         for question, said in zip(chunk, answers(model, processor, chunk), strict=True):

@@ -26,7 +26,7 @@ def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
     model.config.dtype = DTYPE
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    make_processor().save_pretrained(folder)
+    make_processor(model.config.vision_config.patch_size).save_pretrained(folder)
 
 
 def _published_name(name: str) -> str:

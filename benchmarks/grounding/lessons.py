@@ -1,5 +1,6 @@
 """Training batches: pictures, packed questions about them, where to look, and what each patch shows."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,15 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from benchmarks.grounding.guidance import Guide
 from benchmarks.grounding.packing import Lines, pack
-from benchmarks.grounding.questions import KINDS, NOTHING, Asked
-from benchmarks.grounding.scenes import GRID, Scene, render, sample_scene
+from benchmarks.grounding.questions import EVERY_KIND, NOTHING, Asked, ask
+from benchmarks.grounding.scenes import (
+    GRID,
+    IMAGE_SIZE,
+    PLACE_SIZE,
+    Scene,
+    render,
+    sample_scene,
+)
 from benchmarks.grounding.vocabulary import (
     ATTRIBUTES,
     CELLS,
@@ -20,7 +28,6 @@ from benchmarks.grounding.vocabulary import (
     IMAGE_TOKEN,
     PARTS,
     PATCH_SIZE,
-    PATCHES,
     answer_tokens,
     attribute_indices,
     prompt_start,
@@ -32,7 +39,6 @@ LINES, LINE_LENGTH = 5, 56
 # A question with its answer takes at least so many tokens.
 SHORTEST = 8
 COUNT = "count"
-PER_PLACE = PATCHES // GRID
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +46,21 @@ class Batch:
     pixels: Tensor  # uint8 [pictures, 3, size, size]
     attributes: Tensor  # int64 [pictures, patches, attributes]: indices into vocabulary.ATTRIBUTES
     lines: Lines | None  # None if nothing is asked
-    guide: Guide | None
-    kinds: Tensor  # int64 [pictures, questions]: index into KINDS, -1 none
+    guide: Guide | None  # None too if nobody is told where to look
+    kinds: Tensor  # int64 [pictures, questions]: index into EVERY_KIND, -1 none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """What a step is about. kinds: of questions, each as often as it is named; none if nothing is asked."""
+    """What a step is about.
+
+    kinds: of questions, each as often as it is named; none if nothing is asked. guided: says where to look.
+    """
 
     pictures: int
     kinds: tuple[str, ...] = ()
+    patch_size: int = PATCH_SIZE
+    guided: bool = True
 
 
 class Lessons(Dataset):
@@ -62,16 +73,16 @@ class Lessons(Dataset):
     def __getitem__(self, step: int) -> Batch:
         pictures = self.lesson.pictures
         start = self.first_seed + (step * self.workers + self.worker) * pictures
-        return batch_of(range(start, start + pictures), self.lesson.kinds)
+        return batch_of(range(start, start + pictures), self.lesson)
 
 
-def batch_of(seeds: Sequence[int], kinds: Sequence[str]) -> Batch:
-    """Scenes of those seeds, with random questions of those kinds about each."""
+def batch_of(seeds: Sequence[int], lesson: Lesson) -> Batch:
+    """Scenes of those seeds, with random questions about each."""
     scenes = [sample_scene(seed) for seed in seeds]
-    attributes = [patch_attributes(scene) for scene in scenes]
+    attributes = [patch_attributes(scene, lesson.patch_size) for scene in scenes]
     pixels = np.stack([np.asarray(render(scene)) for scene in scenes])
     lines, guide, of_kind = (
-        _questions(scenes, attributes, kinds) if kinds else (None, None, torch.empty(0))
+        _questions(scenes, attributes, lesson) if lesson.kinds else (None, None, torch.empty(0))
     )
     return Batch(
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
@@ -83,32 +94,37 @@ def batch_of(seeds: Sequence[int], kinds: Sequence[str]) -> Batch:
 
 
 def _questions(
-    scenes: Sequence[Scene], attributes: Sequence[np.ndarray], kinds: Sequence[str]
-) -> tuple[Lines, Guide, Tensor]:
+    scenes: Sequence[Scene], attributes: Sequence[np.ndarray], lesson: Lesson
+) -> tuple[Lines, Guide | None, Tensor]:
+    kinds, every_kind = lesson.kinds, list(EVERY_KIND)
     packed, guides, of_kind = [], [], []
     for scene, shown in zip(scenes, attributes, strict=True):
         rng = np.random.default_rng([scene.seed, 3])
         asked: list[tuple[str, Asked]] = []
         while len(asked) < LINES * LINE_LENGTH // SHORTEST:
             kind = kinds[int(rng.integers(len(kinds)))]
-            if (found := KINDS[kind](scene, rng)) is not None:
+            if (found := ask(scene, kind, rng)) is not None:
                 asked.append((kind, found))
         words = [(question_tokens(a.text), answer_tokens(a.answer)) for _, a in asked]
         packed.append(pack(words, LINES, LINE_LENGTH))
-        guides.append(_guide(packed[-1], asked, shown))
+        if lesson.guided:
+            guides.append(_guide(packed[-1], asked, shown))
         laid_out = int(packed[-1]["owner"].max()) + 1
-        numbers = [list(KINDS).index(kind) for kind, _ in asked]
+        numbers = [every_kind.index(kind) for kind, _ in asked]
         of_kind.append([*numbers[:laid_out], *[-1] * (len(asked) - laid_out)])
+    lines = Lines(**{name: torch.stack([each[name] for each in packed]) for name in packed[0]})
+    return lines, _stacked(guides) if guides else None, torch.tensor(of_kind)
+
+
+def _stacked(guides: Sequence[dict]) -> Guide:
     most = max(len(each["rows"]) for each in guides)
     fill = {"rows": -1, "subject": False, "target": False}
-    guide = Guide(
+    return Guide(
         **{
             name: torch.from_numpy(np.stack([_padded(each[name], most, value) for each in guides]))
             for name, value in fill.items()
         }
     )
-    lines = Lines(**{name: torch.stack([each[name] for each in packed]) for name in packed[0]})
-    return lines, guide, torch.tensor(of_kind)
 
 
 def _guide(fields: dict, asked: list[tuple[str, Asked]], shown: np.ndarray) -> dict:
@@ -130,25 +146,27 @@ def _looks(kind: str, question: Asked, word: int, shown: np.ndarray) -> list[np.
     subject, target = question.subject, question.target
     if kind == COUNT:
         subject, target = target[word:], target[word : word + 1]
-    nothing = np.arange(len(prompt_start())) == 0
+    nothing = np.arange(len(prompt_start(len(shown)))) == 0
     return [tokens_of(places, shown) if places else nothing for places in (subject, target)]
 
 
 def tokens_of(places: Sequence[tuple[int, int]], shown: np.ndarray) -> np.ndarray:
     """Bool [start]: the tokens that show those places' things, or all of a place if it is empty."""
-    start = prompt_start()
+    start = prompt_start(len(shown))
     first = start.index(token(IMAGE_TOKEN))
-    part = shown[:, list(ATTRIBUTES).index("part")].reshape(PATCHES, PATCHES)
-    patches = np.zeros((PATCHES, PATCHES), dtype=bool)
+    side = math.isqrt(len(shown))
+    per_place = side // GRID
+    part = shown[:, list(ATTRIBUTES).index("part")].reshape(side, side)
+    patches = np.zeros((side, side), dtype=bool)
     for row, column in places:
         place = (
-            slice(row * PER_PLACE, (row + 1) * PER_PLACE),
-            slice(column * PER_PLACE, (column + 1) * PER_PLACE),
+            slice(row * per_place, (row + 1) * per_place),
+            slice(column * per_place, (column + 1) * per_place),
         )
         thing = part[place] != PARTS.index(NOTHING)
         patches[place] = thing if thing.any() else True
     tokens = np.zeros(len(start), dtype=bool)
-    tokens[first : first + PATCHES * PATCHES] = patches.flatten()
+    tokens[first : first + len(shown)] = patches.flatten()
     return tokens
 
 
@@ -157,23 +175,24 @@ def _padded(rows: np.ndarray, most: int, value: int | bool) -> np.ndarray:
     return np.pad(rows, width, constant_values=value)
 
 
-def patch_attributes(scene: Scene) -> np.ndarray:
+def patch_attributes(scene: Scene, patch_size: int = PATCH_SIZE) -> np.ndarray:
     """Per patch in reading order, the right word of each attribute: int64 [patches, attributes].
 
     A patch shows a thing if its middle lies in it, or the thing's middle in the patch.
     """
+    side, per_place = IMAGE_SIZE // patch_size, PLACE_SIZE // patch_size
     shown = []
-    for patch in range(PATCHES * PATCHES):
-        row, column = divmod(patch, PATCHES)
-        thing = scene.thing_at(row // PER_PLACE, column // PER_PLACE)
+    for patch in range(side * side):
+        row, column = divmod(patch, side)
+        thing = scene.thing_at(row // per_place, column // per_place)
         part = "edge"
         if thing is not None:
-            x, y = (column + 0.5) * PATCH_SIZE, (row + 0.5) * PATCH_SIZE
-            if (thing.centre[0] // PATCH_SIZE, thing.centre[1] // PATCH_SIZE) == (column, row):
+            x, y = (column + 0.5) * patch_size, (row + 0.5) * patch_size
+            if (thing.centre[0] // patch_size, thing.centre[1] // patch_size) == (column, row):
                 part = "centre"
             elif np.hypot(x - thing.centre[0], y - thing.centre[1]) > thing.radius:
                 thing = None
-        cell = CELLS[row // PER_PLACE * GRID + column // PER_PLACE]
+        cell = CELLS[row // per_place * GRID + column // per_place]
         shown.append(attribute_indices(cell, thing, part))
     return np.array(shown)
 

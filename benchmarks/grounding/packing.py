@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
 
 from benchmarks.grounding import layer_passes
-from benchmarks.grounding.vocabulary import IGNORED, VISUAL_TOKENS, prompt_start, token
+from benchmarks.grounding.vocabulary import IGNORED, prompt_start, token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +91,13 @@ def answer_pass(
     """The decoder over pictures' prompt starts and the lines behind them. visual: as `visual_tokens` gives it."""
     decoder, embed = model.model.language_model, model.get_input_embeddings()
     pictures = visual.shape[0]
-    start = torch.tensor(prompt_start())
+    start = torch.tensor(prompt_start(visual.shape[1]))
     first = start.tolist().index(model.config.image_token_index)
     stream = torch.cat(
         [
             embed(start[:first]).expand(pictures, -1, -1),
             visual,
-            embed(start[first + VISUAL_TOKENS :]).expand(pictures, -1, -1),
+            embed(start[first + visual.shape[1] :]).expand(pictures, -1, -1),
             embed(lines.ids.flatten(1)),
         ],
         dim=1,

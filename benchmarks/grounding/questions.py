@@ -1,6 +1,6 @@
 """Questions about scenes, each with exactly one right answer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,13 +63,14 @@ class Question:
     scene_seed: int
 
 
-def questions(split: str, count: int) -> Iterator[Question]:
-    """`count` questions of a split, kinds in turn, every question about a scene of its own."""
+def questions(split: str, count: int, kinds: Sequence[str] | None = None) -> Iterator[Question]:
+    """`count` questions of a split, kinds (all in KINDS) in turn, every question about a scene of its own."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown. Choose one of: {', '.join(SPLITS)}.")
+    kinds = list(kinds or KINDS)
     seeds = iter(SPLITS[split])
     for number in range(count):
-        kind = list(KINDS)[number % len(KINDS)]
+        kind = kinds[number % len(kinds)]
         while True:
             scene = sample_scene(next(seeds))
             asked = ask(scene, kind, np.random.default_rng([scene.seed, 2]))
@@ -86,7 +87,7 @@ def questions(split: str, count: int) -> Iterator[Question]:
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Asked | None:
     """A random question of that kind with its answer; None if the scene allows none."""
-    return KINDS[kind](scene, rng)
+    return EVERY_KIND[kind](scene, rng)
 
 
 def _of(text: str, answer: str, *things: Thing) -> Asked:
@@ -147,6 +148,32 @@ def _beside(scene: Scene, rng: np.random.Generator) -> Asked | None:
     )
 
 
+def _where_beside(scene: Scene, rng: np.random.Generator) -> Asked | None:
+    options = [
+        (direction, thing, other)
+        for direction, thing, place in _neighbours(scene, scene.things)
+        if (other := scene.thing_at(*place))
+    ]
+    if not options:
+        return None
+    direction, thing, other = options[rng.integers(len(options))]
+    # The other's place follows from the first one's: nobody has to look there.
+    place = ((thing.row, thing.column),)
+    return Asked(f"Where is the thing {direction} the {thing.name}?", other.cell, place, place)
+
+
+def _beside_place(scene: Scene, rng: np.random.Generator) -> Asked:
+    options = [
+        (direction, (row, column), place, scene.thing_at(*place))
+        for row in range(GRID)
+        for column in range(GRID)
+        for direction, place in _next_places(row, column)
+    ]
+    direction, start, place, other = _maybe_empty(options, rng)
+    answer = other.name if other else NOTHING
+    return Asked(f"What is {direction} {cell_name(*start)}?", answer, (place,), (place,))
+
+
 def _beside_label(scene: Scene, rng: np.random.Generator) -> Asked | None:
     options = [
         (f"{direction} the {thing.name}", thing, other)
@@ -187,7 +214,7 @@ def _label_of_neighbour(options: list, rng: np.random.Generator) -> Asked | None
     )
 
 
-# Kind -> what makes a question of it. The last three need one visual token to know which other one to look at.
+# Kind -> what makes a question of it.
 KINDS: dict[str, Callable[[Scene, np.random.Generator], Asked | None]] = {
     "where": _where,
     "at": _at,
@@ -199,6 +226,14 @@ KINDS: dict[str, Callable[[Scene, np.random.Generator], Asked | None]] = {
     "beside-label": _beside_label,
     "largest-beside": _largest_beside,
 }
+# They need one visual token to know which other one to look at.
+TWO_LOOKS = ("beside", "beside-label", "largest-beside")
+# The two halves of "beside", one look each: a neighbour's place from a thing, and a thing from its neighbour's place.
+HALVES: dict[str, Callable[[Scene, np.random.Generator], Asked | None]] = {
+    "where-beside": _where_beside,
+    "beside-place": _beside_place,
+}
+EVERY_KIND = {**KINDS, **HALVES}
 
 
 def clear_extremes(scene: Scene) -> list[tuple[str, Thing]]:
@@ -226,10 +261,18 @@ def _any(things: tuple[Thing, ...], rng: np.random.Generator) -> Thing:
 def _neighbours(scene: Scene, things: tuple[Thing, ...]) -> list:
     """(direction, thing, (row, column) of the next place that way) for all places inside the grid."""
     return [
-        (direction, thing, (thing.row + down, thing.column + right))
+        (direction, thing, place)
         for thing in things
+        for direction, place in _next_places(thing.row, thing.column)
+    ]
+
+
+def _next_places(row: int, column: int) -> list[tuple[str, Place]]:
+    """(direction, next place that way), where it is inside the grid."""
+    return [
+        (direction, (row + down, column + right))
         for direction, (down, right) in DIRECTIONS.items()
-        if 0 <= thing.row + down < GRID and 0 <= thing.column + right < GRID
+        if 0 <= row + down < GRID and 0 <= column + right < GRID
     ]
 
 

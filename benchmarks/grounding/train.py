@@ -1,6 +1,7 @@
-"""Trains the grounding model, exports it and writes its card.
+"""Trains a grounding model, exports it and writes its card.
 
     python -m benchmarks.grounding.train
+    python -m benchmarks.grounding.train --recipe witness
 
 First the vision tower learns to name what each patch shows, then everything learns to answer. State is kept under
 .local/grounding; --resume goes on from there.
@@ -11,7 +12,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,30 +25,20 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.grounding.card import Curve, write_card
-from benchmarks.grounding.evaluate import MODEL, accuracy_by_kind, load
+from benchmarks.grounding.evaluate import accuracy_by_kind, load
 from benchmarks.grounding.export import export
+from benchmarks.grounding.first_looks import start_looking
 from benchmarks.grounding.guidance import guidance_loss
 from benchmarks.grounding.layer_passes import compiled_decoder_layer, compiled_vision_layer
-from benchmarks.grounding.lessons import Batch, Lesson, Lessons, normalise
+from benchmarks.grounding.lessons import Batch, Lessons, normalise
 from benchmarks.grounding.muon import Muon
 from benchmarks.grounding.new_model import new_model, read_as_spoken
 from benchmarks.grounding.packing import Lines, answer_pass, visual_tokens
-from benchmarks.grounding.questions import KINDS, questions
-from benchmarks.grounding.vocabulary import IGNORED, attribute_tokens
+from benchmarks.grounding.questions import EVERY_KIND, questions
+from benchmarks.grounding.recipe import RECIPES, Phase, Recipe
+from benchmarks.grounding.vocabulary import ATTRIBUTES, IGNORED, attribute_tokens
 
-STATE = Path(__file__).resolve().parent.parent.parent / ".local" / "grounding" / "state.pt"
-# Kinds that need more practice are asked more often.
-HARDER = ("count", "largest", "beside", "beside-label", "largest-beside", "largest-beside")
-# Pictures are those of one worker.
-LESSONS = {
-    "seeing": Lesson(pictures=24),
-    "answering": Lesson(pictures=6, kinds=(*KINDS, *HARDER)),
-}
-STEPS = {"seeing": 1500, "answering": 2600}
-FIRST_SEEDS = {"seeing": 10**7, "answering": 3 * 10**8}
-# Peak learning rates: Muon's of matrices in the tower and in the decoder, AdamW's of everything else.
-RATES = {"seeing": (0.02, 0.0, 3e-3), "answering": (0.004, 0.01, 2e-3)}
-COOLDOWN = {"seeing": 0.4, "answering": 0.45}
+STATES = Path(__file__).resolve().parent.parent.parent / ".local" / "grounding"
 WARMUP = 50
 NAMING_WEIGHT = 1.0
 # Guidance stays whole for this share of answering, then fades to nothing.
@@ -57,9 +48,9 @@ TEST_QUESTIONS = 2007
 DTYPE = torch.bfloat16
 
 
-def rate(step: int, steps: int, cooldown: float) -> float:
+def rate(step: int, phase: Phase) -> float:
     """Factor of the learning rates: a short rise, a plateau, a straight fall to zero."""
-    return min(1.0, (step + 1) / WARMUP, (steps - step) / (cooldown * steps))
+    return min(1.0, (step + 1) / WARMUP, (phase.steps - step) / (phase.cooldown * phase.steps))
 
 
 def guidance_weight(step: int, steps: int) -> float:
@@ -68,24 +59,27 @@ def guidance_weight(step: int, steps: int) -> float:
 
 def shows_thing(right: Tensor) -> Tensor:
     """[pictures, patches] bool, of attribute indices: the colour's last word is "nothing"."""
-    return right[..., 1] != len(attribute_tokens()[1]) - 1
+    return right[..., list(ATTRIBUTES).index("colour")] != len(ATTRIBUTES["colour"]) - 1
 
 
 def naming_loss(
-    model: LlavaForConditionalGeneration, visual: Tensor, right: Tensor
+    model: LlavaForConditionalGeneration, visual: Tensor, right: Tensor, named: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
     """How badly visual tokens point at the words for what their patch shows, and how often they point right.
 
     visual: [pictures, patches, width]; right: [pictures, patches, attributes], indices of words. The loss is a mean
-    over attributes in which patches that show a thing weigh as much as those that do not; the shares of right words
-    are per attribute, over patches that show a thing.
+    over the named attributes in which patches that show a thing weigh as much as those that do not; the shares of right
+    words are per attribute, over patches that show a thing, NaN for those not named.
     """
     embeddings = model.lm_head.weight
     states = F.rms_norm(visual, visual.shape[-1:])
     shows = shows_thing(right)
     weight = torch.where(shows, 0.5 / shows.sum(), 0.5 / (~shows).sum()).flatten()
     losses, shares = [], []
-    for number, tokens in enumerate(attribute_tokens()):
+    for number, (name, tokens) in enumerate(attribute_tokens().items()):
+        if name not in named:
+            shares.append(visual.new_tensor(math.nan))
+            continue
         words = F.rms_norm(embeddings[list(tokens)], embeddings.shape[-1:])
         logits = states @ words.T / visual.shape[-1] ** 0.5
         wanted = right[..., number]
@@ -96,7 +90,7 @@ def naming_loss(
 
 
 def right_by_kind(logits: Tensor, lines: Lines, kinds: Tensor) -> tuple[Tensor, Tensor]:
-    """Per kind in KINDS: how many were asked, and how many had all tokens likeliest in turn.
+    """Per kind in EVERY_KIND: how many were asked, and how many had all tokens likeliest in turn.
 
     kinds: as a `Batch` has them.
     """
@@ -107,16 +101,17 @@ def right_by_kind(logits: Tensor, lines: Lines, kinds: Tensor) -> tuple[Tensor, 
     wrong = torch.zeros(pictures * most).index_add_(0, question[wanted], wrong_tokens.float())
     kinds = kinds.flatten()
     return (
-        kinds[kinds >= 0].bincount(minlength=len(KINDS)),
-        kinds[(kinds >= 0) & (wrong == 0)].bincount(minlength=len(KINDS)),
+        kinds[kinds >= 0].bincount(minlength=len(EVERY_KIND)),
+        kinds[(kinds >= 0) & (wrong == 0)].bincount(minlength=len(EVERY_KIND)),
     )
 
 
-def optimizers(model: LlavaForConditionalGeneration, phase: str) -> list[torch.optim.Optimizer]:
+def optimizers(model: LlavaForConditionalGeneration, phase: Phase) -> list[torch.optim.Optimizer]:
     """Muon for matrices, AdamW for words, biases, norms and the patch embedding.
 
-    Left out: the tower's last layer, which LLaVA never reads, and while seeing, the decoder.
+    Left out: the tower's last layer, which LLaVA never reads, and tower or decoder where their rate is 0.
     """
+    tower_rate, decoder_rate, _ = phase.rates
     unread = f"encoder.layers.{len(model.model.vision_tower.encoder.layers) - 1}."
     tower: list[nn.Parameter] = []
     decoder: list[nn.Parameter] = []
@@ -125,7 +120,7 @@ def optimizers(model: LlavaForConditionalGeneration, phase: str) -> list[torch.o
         if unread in name or "post_layernorm" in name:
             continue
         sees = "vision_tower" in name or "multi_modal_projector" in name
-        if phase == "seeing" and not (sees or "lm_head" in name):
+        if not (tower_rate if sees else decoder_rate or "lm_head" in name):
             continue
         if parameter.dim() != 2 or "embed" in name or "lm_head" in name:
             others.append(parameter)
@@ -133,7 +128,7 @@ def optimizers(model: LlavaForConditionalGeneration, phase: str) -> list[torch.o
             (tower if sees else decoder).append(parameter)
     groups = [
         {"params": parameters, "lr": peak, "peak": peak}
-        for parameters, peak in zip((tower, decoder, others), RATES[phase], strict=True)
+        for parameters, peak in zip((tower, decoder, others), phase.rates, strict=True)
     ]
     return [
         Muon([group for group in groups[:2] if group["params"]]),
@@ -141,23 +136,26 @@ def optimizers(model: LlavaForConditionalGeneration, phase: str) -> list[torch.o
     ]
 
 
-def set_rates(stepping: Iterable[torch.optim.Optimizer], phase: str, step: int) -> None:
+def set_rates(stepping: Iterable[torch.optim.Optimizer], phase: Phase, step: int) -> None:
     for each in stepping:
         for group in each.param_groups:
-            group["lr"] = group["peak"] * rate(step, STEPS[phase], COOLDOWN[phase])
+            group["lr"] = group["peak"] * rate(step, phase)
 
 
 class Trainer:
     """One worker of a training run; workers see different pictures and average their gradients."""
 
-    def __init__(self, worker: int, workers: int, resume: bool) -> None:
-        self.worker, self.workers = worker, workers
-        self.model = new_model(seed=0)
-        self.curve = Curve()
-        self.done = dict.fromkeys(STEPS, 0)
+    def __init__(
+        self, recipe: Recipe, state: Path, worker: int, workers: int, resume: bool
+    ) -> None:
+        """state: file that progress is kept in."""
+        self.recipe, self.state, self.worker, self.workers = recipe, state, worker, workers
+        self.model = new_model(recipe.shape, seed=0)
+        self.curve = Curve(recipe.kinds)
+        self.done = dict.fromkeys(recipe.phases, 0)
         self.optimizer_state: list[dict] | None = None
         if resume:
-            state = torch.load(STATE, weights_only=True)
+            state = torch.load(self.state, weights_only=True)
             self.model.load_state_dict(state["model"])
             self.curve.rows = state["curve"]
             self.done = state["done"]
@@ -166,15 +164,15 @@ class Trainer:
     def save(self, stepping: Iterable[torch.optim.Optimizer]) -> None:
         if self.worker > 0:
             return
-        STATE.parent.mkdir(parents=True, exist_ok=True)
+        self.state.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
             "curve": self.curve.rows,
             "done": self.done,
             "optimizers": [each.state_dict() for each in stepping],
         }
-        torch.save(state, STATE.with_suffix(".new"))
-        os.replace(STATE.with_suffix(".new"), STATE)
+        torch.save(state, self.state.with_suffix(".new"))
+        os.replace(self.state.with_suffix(".new"), self.state)
 
     def run(self) -> None:
         if self.done["answering"] == 0:
@@ -186,20 +184,21 @@ class Trainer:
     @torch.no_grad()
     def _settle(self) -> None:
         """Gives visual tokens the size of word embeddings, and input words the output words as they are now."""
-        pixels = normalise(Lessons(LESSONS["seeing"], first_seed=0)[0].pixels)
+        pixels = normalise(Lessons(self.recipe.seeing.lesson, first_seed=0)[0].pixels)
         size = visual_tokens(self.model, pixels).pow(2).mean().sqrt()
         last = self.model.model.multi_modal_projector.linear_2
         last.weight.div_(size)
         last.bias.div_(size)
-        read_as_spoken(self.model)
+        (start_looking if self.recipe.starts_looking else read_as_spoken)(self.model)
 
-    def _run(self, phase: str) -> None:
+    def _run(self, name: str) -> None:
+        phase = self.recipe.phases[name]
         stepping = optimizers(self.model, phase)
         if self.optimizer_state is not None:
             for each, state in zip(stepping, self.optimizer_state, strict=True):
                 each.load_state_dict(state)
-        steps, done = STEPS[phase], self.done[phase]
-        lessons = Lessons(LESSONS[phase], FIRST_SEEDS[phase], self.worker, self.workers)
+        steps, done = phase.steps, self.done[name]
+        lessons = Lessons(phase.lesson, phase.first_seed, self.worker, self.workers)
         loader = DataLoader(
             lessons,
             batch_size=None,
@@ -208,31 +207,35 @@ class Trainer:
             prefetch_factor=4,
             multiprocessing_context="fork",
         )
-        bar = tqdm(total=steps, initial=done, desc=phase, disable=self.worker > 0, unit="step")
+        bar = tqdm(total=steps, initial=done, desc=name, disable=self.worker > 0, unit="step")
         for step, batch in zip(range(done, steps), loader, strict=True):
             set_rates(stepping, phase, step)
-            self._step(batch, guidance_weight(step, steps), stepping)
-            self.done[phase] += 1
+            self._step(batch, phase, guidance_weight(step, steps), stepping)
+            self.done[name] += 1
             bar.update()
-            if self.done[phase] % SAVE_EVERY == 0:
-                row = self.curve.close(phase, self.done[phase])
+            if self.done[name] % SAVE_EVERY == 0:
+                row = self.curve.close(name, self.done[name])
                 if self.worker == 0:
                     bar.write(row)
                 self.save(stepping)
         bar.close()
 
-    def _step(self, batch: Batch, guiding: float, stepping: list[torch.optim.Optimizer]) -> None:
-        visual = visual_tokens(self.model, normalise(batch.pixels), DTYPE, compiled_vision_layer)
-        loss, shares = naming_loss(self.model, visual, batch.attributes)
+    def _step(
+        self, batch: Batch, phase: Phase, guiding: float, stepping: list[torch.optim.Optimizer]
+    ) -> None:
+        with torch.set_grad_enabled(phase.rates[0] > 0):
+            visual = visual_tokens(
+                self.model, normalise(batch.pixels), DTYPE, compiled_vision_layer
+            )
+        loss, shares = naming_loss(self.model, visual, batch.attributes, self.recipe.named)
         self.curve.add_naming(loss, shares)
         if (lines := batch.lines) is not None:
-            assert batch.guide is not None, "every line has one"
             found = answer_pass(self.model, visual, lines, DTYPE, compiled_decoder_layer)
             wanted = lines.targets[lines.targets != IGNORED]
             answering = F.cross_entropy(found.logits, wanted)
             loss = answering + NAMING_WEIGHT * loss
             looking = answering.new_tensor(math.nan)
-            if guiding > 0:
+            if batch.guide is not None and guiding > 0:
                 owner = lines.owner.flatten(1)
                 looking = guidance_loss(found.queries, found.keys, owner, batch.guide)
                 loss = loss + guiding * looking
@@ -254,27 +257,34 @@ class Trainer:
         self.model.zero_grad()
 
 
-def train_worker(worker: int, workers: int, resume: bool, meeting_point: str) -> None:
+def state_of(recipe: str) -> Path:
+    return STATES / f"{recipe}.pt"
+
+
+def train_worker(worker: int, recipe: str, workers: int, resume: bool, meeting_point: str) -> None:
     torch.set_num_threads(1)
     if workers > 1:
         dist.init_process_group("gloo", init_method=meeting_point, rank=worker, world_size=workers)
-    Trainer(worker, workers, resume).run()
+    Trainer(RECIPES[recipe], state_of(recipe), worker, workers, resume).run()
 
 
-def finish() -> None:
+def finish(name: str) -> None:
     """Exports what was trained and measures it as anyone would: from the files, by transformers."""
-    state = torch.load(STATE, weights_only=True)
-    model = new_model(seed=0)
+    recipe, state = RECIPES[name], torch.load(state_of(name), weights_only=True)
+    model = new_model(recipe.shape, seed=0)
     model.load_state_dict(state["model"])
-    export(model, MODEL)
-    asked = tqdm(questions("test", TEST_QUESTIONS), total=TEST_QUESTIONS, desc="test")
-    shares = accuracy_by_kind(*load(MODEL, torch.float32), asked)
-    write_card(MODEL, shares, TEST_QUESTIONS, state["done"], state["curve"])
+    export(model, recipe.folder)
+    asked = tqdm(questions("test", TEST_QUESTIONS, recipe.kinds), total=TEST_QUESTIONS, desc="test")
+    shares = accuracy_by_kind(*load(recipe.folder, torch.float32), asked)
+    write_card(recipe, shares, TEST_QUESTIONS, state["done"], state["curve"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe", choices=list(RECIPES), default="guided", help="of which model (default: guided)"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the saved state")
     parser.add_argument(
@@ -287,10 +297,10 @@ def main() -> None:
     started = time.perf_counter()
     if not args.export_only:
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (args.workers, args.resume, f"file://{folder}/meeting-point")
+            arguments = (args.recipe, args.workers, args.resume, f"file://{folder}/meeting-point")
             mp.spawn(train_worker, arguments, nprocs=args.workers)
-    finish()
-    print(f"{MODEL} made in {(time.perf_counter() - started) / 60:.0f} min")
+    finish(args.recipe)
+    print(f"{RECIPES[args.recipe].folder} made in {(time.perf_counter() - started) / 60:.0f} min")
 
 
 if __name__ == "__main__":

@@ -110,9 +110,9 @@ def word(text: str) -> int:
 
 
 @cache
-def attribute_tokens() -> tuple[tuple[int, ...], ...]:
+def attribute_tokens() -> dict[str, tuple[int, ...]]:
     """Per attribute, the tokens of its words."""
-    return tuple(tuple(map(word, words)) for words in ATTRIBUTES.values())
+    return {name: tuple(map(word, words)) for name, words in ATTRIBUTES.items()}
 
 
 def attribute_indices(cell: str, thing: Thing | None, part: str = NOTHING) -> list[int]:
@@ -125,12 +125,12 @@ def attribute_indices(cell: str, thing: Thing | None, part: str = NOTHING) -> li
     return [words.index(value) for words, value in zip(ATTRIBUTES.values(), values, strict=True)]
 
 
-def prompt_start() -> list[int]:
-    """What precedes every question: `<s>USER: <image>\\n` with all visual tokens."""
+def prompt_start(visual: int = VISUAL_TOKENS) -> list[int]:
+    """What precedes every question: `<s>USER: <image>\\n` with that many visual tokens."""
     return [
         token("<s>"),
         *encode("USER: "),
-        *[token(IMAGE_TOKEN)] * VISUAL_TOKENS,
+        *[token(IMAGE_TOKEN)] * visual,
         *encode("\n"),
     ]
 
@@ -144,9 +144,9 @@ def answer_tokens(answer: str) -> tuple[int, ...]:
     return (*encode(" " + answer), token("</s>"))
 
 
-def make_processor() -> LlavaProcessor:
+def make_processor(patch_size: int = PATCH_SIZE) -> LlavaProcessor:
     """LLaVA-1.5's processor for this tokenizer and picture size."""
-    processor = local_tokenizer.make_processor(IMAGE_SIZE, PATCH_SIZE, trained_tokenizer())
+    processor = local_tokenizer.make_processor(IMAGE_SIZE, patch_size, trained_tokenizer())
     # A chat server adds no special tokens of its own, and this model leans on its first token.
     processor.chat_template = "{{ bos_token }}" + local_tokenizer.CHAT_TEMPLATE
     return processor

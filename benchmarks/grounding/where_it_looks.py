@@ -9,7 +9,7 @@ best rank that a token of the subject or of the target has among all visual toke
 import argparse
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,36 +21,40 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from benchmarks.grounding.evaluate import MODEL, load, prompt
 from benchmarks.grounding.lessons import patch_attributes, tokens_of
-from benchmarks.grounding.questions import SPLITS, ask
+from benchmarks.grounding.questions import SPLITS, TWO_LOOKS, ask
+from benchmarks.grounding.recipe import kinds_of
 from benchmarks.grounding.scenes import render, sample_scene
-from benchmarks.grounding.vocabulary import IMAGE_TOKEN, VISUAL_TOKENS, prompt_start, token
+from benchmarks.grounding.vocabulary import IMAGE_TOKEN, prompt_start, token
+from vllm_reroute.schedule.published import scale_decision_layers
 
-# Kinds whose target is not what the words name.
-TWO_HOPS = ("beside", "beside-label", "largest-beside")
 JSON_NAME, PLOT = "where-it-looks.json", "where-it-looks.svg"
 FIRST = prompt_start().index(token(IMAGE_TOKEN))
-# Decision layers of the published schedules with reroute.
+# Decision layers of the published schedules with reroute, for 32 layers.
 DECISIONS = (3, 7, 15, 23)
 
 
 def looks(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, count: int
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    count: int,
+    kinds: Sequence[str],
 ) -> Iterator[dict[str, np.ndarray]]:
     """Per question: "attention" [layers, visual tokens] and bool "subject", "target" [visual tokens]."""
     scenes = (sample_scene(seed) for seed in SPLITS["validation"])
-    kinds = itertools.cycle(TWO_HOPS)
-    kind = next(kinds)
+    patch_size = model.config.vision_config.patch_size
+    in_turn = itertools.cycle(kinds)
+    kind = next(in_turn)
     for scene in scenes:
         asked = ask(scene, kind, np.random.default_rng([scene.seed, 4]))
         if asked is None:
             continue
-        kind = next(kinds)
+        kind = next(in_turn)
         inputs = processor(text=[prompt(asked.text)], images=[render(scene)], return_tensors="pt")
         with torch.inference_mode():
             attentions = model(**inputs, output_attentions=True).attentions
         rows = torch.stack([layer[0, :, -1].mean(dim=0) for layer in attentions])
-        shown = patch_attributes(scene)
-        visual = slice(FIRST, FIRST + VISUAL_TOKENS)
+        shown = patch_attributes(scene, patch_size)
+        visual = slice(FIRST, FIRST + len(shown))
         yield {
             "attention": rows[:, visual].numpy(),
             "subject": tokens_of(asked.subject, shown)[visual],
@@ -61,9 +65,9 @@ def looks(
             return
 
 
-def summarise(found: list[dict[str, np.ndarray]]) -> dict:
+def summarise(found: list[dict[str, np.ndarray]], kinds: Sequence[str]) -> dict:
     """Per role and layer: mean attention, and quartiles of the best rank, 1 for the most attended token."""
-    summary: dict = {"questions": len(found), "kinds": list(TWO_HOPS)}
+    summary: dict = {"questions": len(found), "kinds": list(kinds)}
     for role in ("subject", "target"):
         shares = [each["attention"][:, each[role]].sum(axis=1) for each in found]
         ranks = [_best_rank(each["attention"], each[role]) for each in found]
@@ -93,7 +97,7 @@ def draw(summary: dict, path: Path) -> None:
         right.set(xlabel="decoder layer", ylabel="best rank among visual tokens, median")
         right.set_yscale("log")
         for axes in (left, right):
-            for layer in DECISIONS:
+            for layer in scale_decision_layers(DECISIONS, len(median)):
                 axes.axvline(layer, color="#bbbbbb", linestyle=":", linewidth=1)
         left.legend(frameon=False)
         figure.savefig(path, metadata={"Date": None})
@@ -111,8 +115,9 @@ def main() -> None:
         parser.error(f"--count {args.count} must be 1 or more.")
     model, processor = load(args.model, torch.float32)
     model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
-    found = list(tqdm(looks(model, processor, args.count), total=args.count, unit="question"))
-    summary = summarise(found)
+    kinds = [kind for kind in kinds_of(args.model) if kind in TWO_LOOKS]
+    asked = looks(model, processor, args.count, kinds)
+    summary = summarise(list(tqdm(asked, total=args.count, unit="question")), kinds)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / JSON_NAME).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     draw(summary, args.out / PLOT)

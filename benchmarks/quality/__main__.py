@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.grounding.questions import questions
+from benchmarks.grounding.recipe import kinds_of
 from benchmarks.quality import report
 from benchmarks.quality.asking import Endpoint, Prompt, prompts_of
 from benchmarks.quality.methods import CALIBRATED, METHODS, Configuration, configurations
@@ -135,11 +136,14 @@ def measure(args: argparse.Namespace) -> bool:
             path.unlink()
     # What a model cannot serve is refused before pictures are rendered.
     plan = None if args.base_url else planned(args)
-    prompts = prompts_of(questions(SPLIT, args.questions))
+    model = DEFAULT_MODEL if args.base_url or not args.model else Path(args.model)
+    prompts = prompts_of(questions(SPLIT, args.questions, kinds_of(model)))
     not_run = {} if args.publish else ask(args, plan, prompts, outcomes)
     digests = [prompt.digest for prompt in prompts]
     found = results(rows_in(outcomes, digests), digests, not_run)
-    folder = PUBLISHED if args.publish else args.out
+    ours = model.resolve() == DEFAULT_MODEL
+    published = PUBLISHED if ours else PUBLISHED / model.name
+    folder = published if args.publish else args.out
     paths = report.write(found, folder)
     print((folder / report.MARKDOWN_NAME).read_text(encoding="utf-8"))
     print("Written: " + ", ".join(str(path) for path in paths), file=sys.stderr)

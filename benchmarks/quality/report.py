@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.quality import layer_choice
+from benchmarks.quality import layer_choice, looks
 from benchmarks.quality.plot import PLOT, PLOT_BY_KIND, draw
 
 JSON_NAME, MARKDOWN_NAME = "quality.json", "quality.md"
@@ -44,6 +44,7 @@ def markdown(found: dict) -> Iterator[str]:
     yield "\n## Set against each other\n"
     yield PAIRED + "\n"
     yield from _comparisons(found)
+    yield from looks.markdown(found["looks"])
     yield from layer_choice.markdown(found["squares"])
     yield "\n## By kind of question\n"
     yield f"![The same by kind]({PLOT_BY_KIND})\n"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.quality.layer_choice import squares
+from benchmarks.quality.looks import looks
 from benchmarks.quality.methods import COMPARISONS, METHODS
 from benchmarks.quality.outcomes import (
     Outcome,
@@ -114,14 +115,14 @@ def results(rows: Sequence[Row], digests: Sequence[str], not_run: Mapping[str, s
         "configurations": [_configuration(row) for row in rows],
         "not_run": dict(not_run),
         "comparisons": list(_comparisons(rows)),
-        "squares": _squares(rows),
+        **_tables(rows),
     }
 
 
-def _squares(rows: Sequence[Row]) -> list[dict]:
+def _tables(rows: Sequence[Row]) -> dict[str, list[dict]]:
     outcomes = {(row.about["method"], row.about["budget"]): row.outcomes for row in rows}
     budgets = sorted({budget for _, budget in outcomes if budget is not None}, reverse=True)
-    return squares(outcomes, budgets)
+    return {"squares": squares(outcomes, budgets), "looks": looks(outcomes, budgets)}
 
 
 def _ran(rows: Sequence[Row]) -> dict[str, list[str]]:

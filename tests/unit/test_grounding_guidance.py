@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from benchmarks.grounding.guidance import SUBJECT_LAYERS, TARGET_LAYERS, Guide, guidance_loss
-from benchmarks.grounding.lessons import COUNT, PER_PLACE, batch_of
-from benchmarks.grounding.questions import KINDS
+from benchmarks.grounding.lessons import COUNT, Lesson, batch_of
+from benchmarks.grounding.questions import EVERY_KIND, KINDS
+from benchmarks.grounding.scenes import GRID
 from benchmarks.grounding.vocabulary import (
     CELLS,
     IGNORED,
@@ -18,24 +19,25 @@ from benchmarks.grounding.vocabulary import (
 )
 
 LAYERS = 32
+PER_PLACE = PATCHES // GRID
 FIRST = prompt_start().index(token(IMAGE_TOKEN))
 BOS = 0
 
 
 @pytest.fixture(scope="module")
 def batch():
-    return batch_of(range(40, 44), tuple(KINDS))
+    return batch_of(range(40, 44), Lesson(pictures=4, kinds=tuple(KINDS)))
 
 
 def cells_of(tokens: torch.Tensor) -> set[str]:
     """Places of the visual tokens among those of a prompt start."""
     patches = tokens[FIRST : FIRST + VISUAL_TOKENS].nonzero().flatten().tolist()
-    return {CELLS[p // PATCHES // PER_PLACE * 4 + p % PATCHES // PER_PLACE] for p in patches}
+    return {CELLS[p // PATCHES // PER_PLACE * GRID + p % PATCHES // PER_PLACE] for p in patches}
 
 
 def rows_with_kind(batch):
     """(picture, row among the guide's, kind, first word of the answer) of every guided position."""
-    kinds = list(KINDS)
+    kinds = list(EVERY_KIND)
     for picture, rows in enumerate(batch.guide.rows):
         for number, row in enumerate(rows[rows >= 0].tolist()):
             question = batch.lines.owner[picture].flatten()[row]

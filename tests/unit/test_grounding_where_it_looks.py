@@ -12,7 +12,7 @@ def test_shares_and_ranks_per_layer():
     """The target has two tokens; the better one counts, rank 1 being the most attended."""
     subject, target = np.array([0, 1, 0, 0], bool), np.array([1, 0, 1, 0], bool)
     found = [{"attention": ATTENTION, "subject": subject, "target": target}]
-    summary = summarise(found)
+    summary = summarise(found, ["beside"])
     assert summary["subject"]["attention"] == pytest.approx([0.4, 0])
     assert summary["target"]["attention"] == pytest.approx([0.3, 0.4])
     assert [ranks[1] for ranks in summary["subject"]["best_rank"]] == [1, 4]
