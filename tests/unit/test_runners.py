@@ -12,6 +12,7 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
 from vllm_reroute.attention import key_pages
@@ -93,6 +94,14 @@ def test_a_stage_that_nobody_runs_has_no_kernel_metadata(model, run):
     assert [(m.plan, m.shared, m.views) for m in later] == [(step.plan, None, None)] * 2
 
 
+def runner_table(blocks, block_size):
+    """The V1 runner's table that holds these blocks [requests, entries]."""
+    table = BlockTable(block_size, *blocks.shape, 512, False, CPU, 1)
+    for row, own in enumerate(blocks):
+        table.add_row(own[own > 0].tolist(), row)
+    return table
+
+
 class Batch:
     """The V1 runner's batch of an image request and a text request."""
 
@@ -107,10 +116,7 @@ class Batch:
             ),
             "text": SimpleNamespace(mm_features=[], prompt_token_ids=[1, 2, 3], generator=None),
         }
-        tables = [
-            SimpleNamespace(get_device_tensor=lambda n, table=table: table[:n])
-            for table in run.tables
-        ]
+        tables = [runner_table(table, model.block_size) for table in run.tables]
         self.runner = runner_of(
             model,
             requests=self.states,
