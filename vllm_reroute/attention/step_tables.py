@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from vllm_reroute.kv_cache import interleaving
 from vllm_reroute.plan.capacity import RUNNER_COPIES, table_bytes
-from vllm_reroute.plan.step_plan import Places, StageLengths, StepPlan
+from vllm_reroute.plan.step_plan import Places, StageLengths, StepPlan, places_of
 from vllm_reroute.to_device import to_device
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ class StepTables:
         )
         self.seq_lens, self.query_start_loc = zeros(stages, max_reqs), zeros(stages, max_reqs + 1)
         self._stage_of_layer = np.arange(stages).repeat(self.num_layers)
+        self._rows = np.arange(layers)[:, None]
         self._latest: list[tuple[tuple[int, int], StageViews] | None] = [None] * stages
         self.kernel: KernelFill | None = None
         if device.type == "cuda":
@@ -222,7 +223,7 @@ class StepTables:
     def slots_of(self, stage: int, places: Places, layer: int | None = None) -> torch.Tensor:
         """Slots [layers, n] int64 of tokens, see `blocks_of`."""
         blocks, offsets = self.blocks_of(stage, places, layer)
-        return blocks.long() * self.block_size + offsets
+        return torch.add(offsets, blocks, alpha=self.block_size)
 
     def blocks_of(
         self, stage: int, places: Places, layer: int | None = None
@@ -258,12 +259,9 @@ class StepTables:
         """Where each layer writes the K/V of each token. num_tokens: with padding."""
         slots = self.slot_mappings.numpy()
         if plan.boundary is None:
-            # All stages run the same tokens: one request axis, shifted by what a stage defers.
-            request, position = plan.stages[0].request_and_position
-            shift = plan.seq_lens - plan.seq_lens[0]
-            slots[:, : plan.num_tokens] = self._slots(
-                slice(None), request, (position + shift[:, request])[self._stage_of_layer]
-            )
+            # All stages run the same tokens, at places of their own.
+            request, position = places_of(plan.query_lens[0], plan.seq_lens)
+            self._put_slots(slots, slice(None), request, position[self._stage_of_layer])
             slots[:, plan.num_tokens : num_tokens] = PAD_SLOT_ID
             return
         # A stage of more rows runs in pieces, which bring slots of their own.
@@ -273,15 +271,19 @@ class StepTables:
             layers = self._layers(stage)
             if count:
                 request, position = plan.stages[stage].request_and_position
-                slots[layers, :count] = self._slots(layers, request, position)
+                self._put_slots(slots, layers, request, position)
             slots[layers, count:end] = PAD_SLOT_ID
 
-    def _slots(self, layers: slice, request: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """Slots [layers, tokens] int64 of tokens by their place in the K/V of these layers.
+    def _put_slots(
+        self, slots: np.ndarray, layers: slice, request: np.ndarray, position: np.ndarray
+    ) -> None:
+        """Write these layers' slots of tokens, by their place in the layers' K/V.
 
         position: [tokens], or [layers, tokens] where layers differ.
         """
         entry, offset = np.divmod(position, self.block_size)
-        tables = self.block_tables.numpy()[layers]
-        blocks = tables[np.arange(len(tables))[:, None], request, entry]
-        return blocks.astype(np.int64) * self.block_size + offset
+        rows = self._rows[layers]
+        blocks = self.block_tables.numpy()[rows, request, entry]
+        own = slots[layers, : len(request)]
+        np.multiply(blocks, self.block_size, out=own, dtype=np.int64)
+        own += offset

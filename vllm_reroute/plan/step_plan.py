@@ -49,12 +49,20 @@ class StageLengths:
     @cached_property
     def request_and_position(self) -> tuple[np.ndarray, np.ndarray]:
         """[tokens] int32 each, for the tokens that run: their request, and their place in its K/V."""
-        requests = np.arange(len(self.query_lens), dtype=np.int32)
-        if self.num_tokens == len(requests) and (self.query_lens == 1).all():
-            return requests, self.seq_lens - 1
-        request = requests.repeat(self.query_lens)
-        shift = self.seq_lens - self.query_start_loc[1:]
-        return request, np.arange(self.num_tokens, dtype=np.int32) + shift[request]
+        return places_of(self.query_lens, self.seq_lens)
+
+
+def places_of(query_lens: np.ndarray, seq_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Request [tokens] of each token that runs, and its place in the request's K/V, both int32.
+
+    query_lens: [requests]. seq_lens: [requests] or [stages, requests]; so are the places, by tokens.
+    """
+    request = np.arange(len(query_lens), dtype=np.int32)
+    if (query_lens == 1).all():
+        return request, seq_lens - 1
+    ends = query_lens.cumsum(dtype=np.int32)
+    request = request.repeat(query_lens)
+    return request, np.arange(len(request), dtype=np.int32) + (seq_lens - ends)[..., request]
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,8 @@ def plan_step(
     if (num_computed >= batch.settled).all():
         # All that is ever decided has been: every token runs everywhere.
         held = (end - batch.deferred).astype(np.int32)
-        query = np.broadcast_to(num_scheduled.astype(np.int32), held.shape)
+        query = np.empty_like(held)
+        query[:] = num_scheduled
         return StepPlan(num_tokens, query, held, StageLengths(query[0], end.astype(np.int32)))
     # Later stages run positions [first, last) of each request.
     first, deferred_before = batch.later_stages(num_computed)
