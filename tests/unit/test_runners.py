@@ -13,6 +13,7 @@ from vllm.config import set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
 from vllm_reroute.attention import key_pages
@@ -83,6 +84,27 @@ def test_layers_of_a_stage_share_all_but_their_blocks_and_slots(model, run, sche
     assert before == model.schedule.num_layers
 
 
+@pytest.mark.parametrize(
+    "graphs,of_text,of_image",
+    [(CUDAGraphMode.NONE, 1, 3), (CUDAGraphMode.FULL, 3, 3)],
+    ids=["eager", "full graphs"],
+)
+def test_stages_of_the_same_lengths_share_what_a_backend_makes_of_them(
+    model, run, monkeypatch, graphs, of_text, of_image
+):
+    """But where graphs replay with each builder's own tensors."""
+    monkeypatch.setattr(model.config.compilation_config, "cudagraph_mode", graphs)
+    for (group,) in model.attn_groups:
+        group.create_metadata_builders(model.config, CPU)
+    builders = [group.get_metadata_builder() for (group,) in model.attn_groups[:-1]]
+    run.requests[0].computed, run.requests[1].computed = NUM_PROMPT, 7
+    for request, expect in ((1, of_text), (0, of_image)):
+        step, common = run.plan([request], [1]), run.common([request], [1])
+        built = [b.build(0, c, step=step) for b, c in zip(builders, common, strict=False)]
+        assert len({id(metadata.shared) for metadata in built}) == expect
+        assert len({id(metadata.views) for metadata in built}) == 3
+
+
 def test_a_stage_that_nobody_runs_has_no_kernel_metadata(model, run):
     """A chunk that ends inside the image: kernels are never launched over no rows."""
     run.requests[0].computed = 32
@@ -92,6 +114,14 @@ def test_a_stage_that_nobody_runs_has_no_kernel_metadata(model, run):
     )
     assert dense.shared.num_actual_tokens == 20
     assert [(m.plan, m.shared, m.views) for m in later] == [(step.plan, None, None)] * 2
+
+
+def runner_table(blocks, block_size):
+    """The V1 runner's table that holds these blocks [requests, entries]."""
+    table = BlockTable(block_size, *blocks.shape, 512, False, CPU, 1)
+    for row, own in enumerate(blocks):
+        table.add_row(own[own > 0].tolist(), row)
+    return table
 
 
 class Batch:
@@ -108,10 +138,7 @@ class Batch:
             ),
             "text": SimpleNamespace(mm_features=[], prompt_token_ids=[1, 2, 3], generator=None),
         }
-        tables = [
-            SimpleNamespace(get_device_tensor=lambda n, table=table: table[:n])
-            for table in run.tables
-        ]
+        tables = [runner_table(table, model.block_size) for table in run.tables]
         self.runner = runner_of(
             model,
             requests=self.states,

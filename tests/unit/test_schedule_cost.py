@@ -1,4 +1,4 @@
-"""Scheduling a decode step costs what stock vLLM's costs, whatever the number of stages."""
+"""Scheduling a decode step costs no more than stock vLLM's, whatever the number of stages."""
 
 import sys
 
@@ -66,4 +66,4 @@ def test_calls_do_not_grow_with_stages(engine_config, stock_calls, of, decisions
     )
     calls = calls_per_request_and_step(Steps(config, units=200, parked_units=50), of)
     print(f"{of.__name__}, {decisions + 1} stages: {calls:.1f} calls, stock {stock_calls[of]:.1f}")
-    assert calls <= 1.15 * stock_calls[of]
+    assert calls <= 0.95 * stock_calls[of]

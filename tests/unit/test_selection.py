@@ -208,13 +208,13 @@ def test_rows_of_text_that_others_may_read():
     tokens += [(3, p) for p in range(6, 12)]  # what the chunk adds to its text
     assert list(zip(shared.request.tolist(), shared.position.tolist(), strict=True)) == tokens
     rows = [*range(12), *range(12, 16), *range(43, 49)]
-    assert step.prompts.shared_rows.tolist() == rows
-    assert PromptRows.of(step.plan, 2, CPU).shared_rows.tolist() == [
+    assert step.prompts.key_rows[: len(shared)].tolist() == rows
+    assert PromptRows.of(step.plan, 2, CPU).key_rows[: len(shared)].tolist() == [
         *range(12),
         *range(12, 16),
         *range(27, 33),
     ]
-    assert not len(Step(TEXT, IMAGE, RESUMED).prompts.shared_rows), "nobody reads cached text"
+    assert not len(Step(TEXT, IMAGE, RESUMED).prompts.shared), "nobody reads cached text"
 
 
 @pytest.mark.parametrize("scheduled,shared", [(3, 0), (4, 4), (7, 4), (8, 8)])

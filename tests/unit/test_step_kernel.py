@@ -1,4 +1,4 @@
-"""The kernel that fills the tables on GPUs, in Triton's interpreter, against the torch version."""
+"""The kernel that fills the tables on GPUs, in Triton's interpreter, against the host."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ interpreted = InterpretedFunction(fill_kernel.fn)
 
 
 class Pair:
-    """Tables filled by the kernel, and others by torch."""
+    """Tables filled by the kernel, and others by the host."""
 
     def __init__(self, schedule):
         self.schedule = schedule
-        self.torch, self.kernel = step_tables(schedule), step_tables(schedule)
+        self.host, self.kernel = step_tables(schedule), step_tables(schedule)
         self.kernel.kernel = KernelFill(self.kernel, interpreted)
 
     def fill(self, batch, *, padding=0, more_tokens=0, seed=0, lengths=True, runner=None):
@@ -52,7 +52,7 @@ class Pair:
         ends = torch.tensor([request.end for request in batch] + [0] * padding, dtype=torch.int32)
         counts = torch.tensor([0] + [r.scheduled for r in batch] + [0] * padding)
         own = RunnerLengths(ends, counts.cumsum(0).to(torch.int32))
-        for tables in (self.torch, self.kernel):
+        for tables in (self.host, self.kernel):
             tables.fill(
                 plan,
                 runner.interleaved,
@@ -63,7 +63,7 @@ class Pair:
         return plan
 
     def check(self, batch):
-        expect, found = self.torch, self.kernel
+        expect, found = self.host, self.kernel
         assert torch.equal(found.seq_lens, expect.seq_lens)
         assert torch.equal(found.query_start_loc, expect.query_start_loc)
         assert torch.equal(found.slot_mappings, expect.slot_mappings)
@@ -76,7 +76,7 @@ class Pair:
 
 @pytest.mark.parametrize("kinds", [KINDS, UNROUTED], ids=["routed", "unrouted"])
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_as_torch_does(schedule, kinds):
+def test_as_the_host_does(schedule, kinds):
     """Steps of one engine: what one leaves behind must not show in the next."""
     pair, rng = Pair(schedule), random.Random(1)
     for seed in range(4):

@@ -295,6 +295,33 @@ def _check_shared_text(step, batch, did):
     assert list(zip(shared.request.tolist(), shared.position.tolist(), strict=True)) == expect
 
 
+@pytest.mark.parametrize(
+    "batch,like",
+    [
+        ([(None, 0, 30), (None, 40, 1)], (0, 0, 0)),
+        ([(IMAGE, 0, 6), (None, 40, 1)], (0, 0, 0)),
+        ([(None, 40, 1), (IMAGE, 30, 1)], (0, 1, 2)),
+        # Chunks inside an image: later stages run and hold the same.
+        ([(IMAGE, 6, 9), (None, 0, 4)], (0, 1, 1)),
+    ],
+)
+def test_stages_of_the_same_lengths(batch, like):
+    step = plan(*batch)
+    assert step.like_stage == like
+    for stage, first in enumerate(like):
+        for of in (step.query_lens, step.seq_lens):
+            assert of[stage].tolist() == of[first].tolist()
+
+
+def test_stages_that_hold_the_same_but_run_other_rows_differ():
+    """All of an image is kept, but its tokens ran the first stage in an earlier step."""
+    schedule = RerouteOptions(layers=(1, 2), keep=(1.0, 1.0)).resolve(3)
+    routing = RequestRouting.of(IMAGE, range(PROMPT), schedule, BLOCK)
+    step = plan_of([routing], [20], [10])
+    assert step.seq_lens.tolist() == [[30]] * 3
+    assert step.like_stage == (0, 1, 1)
+
+
 @pytest.mark.parametrize("name", ["fastv", "pdrop", "nuwa"])
 def test_published_schedules_agree_between_scheduler_and_worker(name):
     """The same with images of published sizes and every published schedule's stages."""

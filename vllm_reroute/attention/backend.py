@@ -78,6 +78,9 @@ def _stage_builder(underlying: type[AttentionBackend]) -> type:
             super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
             layers = vllm_config.compilation_config.static_forward_context
             self.stage = kv_cache_spec.stage
+            # A graph of the whole model replays with what each builder keeps in tensors of its own.
+            mode = vllm_config.compilation_config.cudagraph_mode
+            self._shares = mode is None or not mode.has_full_cudagraphs()
             self.tables = layers[layer_names[0]].tables
             self.tables.release_reserve()
             max_len = vllm_config.model_config.max_model_len
@@ -101,6 +104,11 @@ def _stage_builder(underlying: type[AttentionBackend]) -> type:
             step = real_step(step or self.step)
             if step.plan is None:
                 return self.build_for_cudagraph_capture(common_attn_metadata)
+            if step.plan.boundary is None:
+                # Padding is the runner's, where every stage runs the tokens of the step.
+                return self._of_stage(
+                    step, common_attn_metadata.num_actual_tokens, common_attn_metadata
+                )
             plan, lengths = step.plan, step.plan.stages[self.stage]
             if not lengths.num_tokens:
                 return StageMetadata(plan, None, None)
@@ -114,13 +122,7 @@ def _stage_builder(underlying: type[AttentionBackend]) -> type:
                     for piece in pieces
                 )
                 return StageMetadata(plan, None, self._views(common_attn_metadata, 0), of_pieces)
-            # Padding is the runner's, where every stage runs the tokens of the step.
-            num_tokens = lengths.num_tokens
-            if plan.boundary is None:
-                num_tokens = common_attn_metadata.num_actual_tokens
-            views = self._views(common_attn_metadata, num_tokens)
-            compact = compact_common(common_attn_metadata, views, lengths, num_tokens)
-            return StageMetadata(plan, super().build(0, compact, fast_build), views)
+            return self._of_stage(step, lengths.num_tokens, common_attn_metadata)
 
         def build_for_cudagraph_capture(
             self, common_attn_metadata: CommonAttentionMetadata
@@ -131,6 +133,18 @@ def _stage_builder(underlying: type[AttentionBackend]) -> type:
 
         def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
             return False
+
+        def _of_stage(
+            self, step: RoutedStep, num_tokens: int, common: CommonAttentionMetadata
+        ) -> StageMetadata:
+            """Stages of the same lengths differ in nothing that a backend looks at."""
+            plan, views = step.plan, self._views(common, num_tokens)
+            first = plan.like_stage[self.stage] if self._shares else self.stage
+            if first not in step.built:
+                lengths = plan.stages[self.stage]
+                compact = compact_common(common, views, lengths, num_tokens)
+                step.built[first] = super().build(0, compact)
+            return StageMetadata(plan, step.built[first], views)
 
         def _views(self, common: CommonAttentionMetadata, num_tokens: int) -> Any:
             return self.tables.views(self.stage, common.num_reqs, num_tokens)
@@ -165,10 +179,10 @@ def _routed_impl(underlying: type[AttentionBackend]) -> type:
             if attn_metadata is not None:
                 metadata = attn_metadata.of_layer(layer.place.index)
                 if not underlying.forward_includes_kv_cache_update:
-                    slots = metadata.slot_mapping
-                    if len(key) > len(slots):
-                        key, value = key[: len(slots)], value[: len(slots)]
-                    self.do_kv_cache_update(layer, key, value, kv_cache, slots)
+                    num_tokens = metadata.num_actual_tokens
+                    if key.shape[0] > num_tokens:
+                        key, value = key[:num_tokens], value[:num_tokens]
+                    self.do_kv_cache_update(layer, key, value, kv_cache, metadata.slot_mapping)
             return super().forward(
                 layer, query, key, value, kv_cache, metadata, output, *args, **kwargs
             )

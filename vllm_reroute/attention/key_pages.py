@@ -26,10 +26,10 @@ def read_keys(layer: RoutedAttention, places: Places) -> torch.Tensor:
 def write_keys(layer: RoutedAttention, keys: torch.Tensor, places: Places) -> None:
     """Put keys [n, kv_heads, dim] where the layer itself will write them later in the step.
 
-    The values beside them are no values: the layer overwrites both before it attends.
+    The values beside them are no values, but keys again: the layer overwrites both before it attends.
     """
     slots = layer.tables.slots_of(layer.place.stage, places, layer.place.index)[0]
-    layer.impl.do_kv_cache_update(layer, keys, keys.clone(), layer.kv_cache, slots)
+    layer.impl.do_kv_cache_update(layer, keys, keys, layer.kv_cache, slots)
 
 
 _FOUND: dict[tuple[object, ...], torch.Tensor | None] = {}

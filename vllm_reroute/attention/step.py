@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -14,11 +15,13 @@ class RoutedStep:
     """One step of a routed model; `StepTables` have been filled for it.
 
     plan: None in a dummy run, which routes nothing and writes nowhere. fetched_positions: [n] or
-    [3, n] int64, rope positions of the tokens the plan fetches; None where it fetches none.
+    [3, n] int64, rope positions of the tokens the plan fetches; None where it fetches none. built:
+    what backends have made of the step's lengths, by the first stage that has them.
     """
 
     plan: StepPlan | None
     fetched_positions: torch.Tensor | None = None
+    built: dict[int, Any] = field(default_factory=dict)
 
 
 DUMMY_STEP = RoutedStep(None)

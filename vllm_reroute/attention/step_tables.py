@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +13,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from vllm_reroute.kv_cache import interleaving
 from vllm_reroute.plan.capacity import RUNNER_COPIES, table_bytes
-from vllm_reroute.plan.step_plan import Places, StageLengths, StepPlan
+from vllm_reroute.plan.step_plan import Places, StageLengths, StepPlan, places_of
 from vllm_reroute.resolved import device_of
 from vllm_reroute.to_device import to_device
 
@@ -51,12 +50,13 @@ class RunnerLengths:
 
 
 def write_lengths(plan: StepPlan, seq_lens: np.ndarray, starts: np.ndarray) -> None:
-    """All stages' lengths [stages, reqs] and query starts [stages, reqs + 1], into arrays of zeros.
+    """All stages' lengths [stages, reqs] and query starts [stages, reqs + 1].
 
     Rows beyond the plan's requests are padding: length 0, starting where the last one ends.
     """
     planned = plan.num_reqs
-    seq_lens[:, :planned] = plan.seq_lens
+    seq_lens[:, :planned], seq_lens[:, planned:] = plan.seq_lens, 0
+    starts[:, 0] = 0
     np.cumsum(plan.query_lens, axis=1, out=starts[:, 1 : planned + 1])
     starts[:, planned + 1 :] = starts[:, planned : planned + 1]
 
@@ -64,7 +64,7 @@ def write_lengths(plan: StepPlan, seq_lens: np.ndarray, starts: np.ndarray) -> N
 class StepTables:
     """Device tensors of all stages, allocated once and written in place every step.
 
-    On GPUs one kernel fills them (`step_kernel.py`), elsewhere some operations of torch.
+    On GPUs one kernel fills them (`step_kernel.py`); on CPU the host writes into them directly.
 
     CUDA graphs replay with the addresses they were captured with, so nothing here moves. Rows
     beyond the batch are padding: length 0, some block, slot `PAD_SLOT_ID`.
@@ -144,9 +144,8 @@ class StepTables:
             (layers, max_tokens), PAD_SLOT_ID, dtype=torch.int64, device=device
         )
         self.seq_lens, self.query_start_loc = zeros(stages, max_reqs), zeros(stages, max_reqs + 1)
-        stage_of_layer = np.arange(stages).repeat(self.num_layers)
-        self._stage_of_layer = torch.from_numpy(stage_of_layer).to(device)
-        self._columns = lru_cache(maxsize=64)(self._dealing_columns)
+        self._stage_of_layer = np.arange(stages).repeat(self.num_layers)
+        self._rows = np.arange(layers)[:, None]
         self._latest: list[tuple[tuple[int, int], StageViews] | None] = [None] * stages
         self.kernel: KernelFill | None = None
         if device.type == "cuda":
@@ -158,7 +157,7 @@ class StepTables:
     def fill(
         self,
         plan: StepPlan,
-        interleaved: Sequence[torch.Tensor],
+        interleaved: Sequence[torch.Tensor] | None,
         *,
         num_reqs: int,
         num_tokens: int,
@@ -166,38 +165,29 @@ class StepTables:
     ) -> None:
         """Write this step's values for all stages.
 
-        interleaved: per stage, the runner's block table [requests, entries] (`interleaving.py`).
-        num_reqs, num_tokens: of the step with the runner's padding. lengths: the runner's, which a
-        kernel reads in place of the plan's where they say the same.
+        interleaved: per stage, the runner's block table [requests, entries] (`interleaving.py`); None
+        where the runner keeps its blocks in `block_tables` itself. num_reqs, num_tokens: of the step
+        with the runner's padding. lengths: the runner's, which a kernel reads in place of the plan's
+        where they say the same.
         """
         if self.kernel is not None:
+            assert interleaved is not None
             self.kernel(
                 plan, interleaved, num_reqs=num_reqs, num_tokens=num_tokens, lengths=lengths
             )
             return
-        stages = len(self.num_layers)
-        running = [lengths.num_tokens for lengths in plan.stages]
-        # A stage of more rows runs in pieces, which bring slots of their own.
-        whole = [n if n <= self.max_tokens else 0 for n in running]
-        width = max(whole)
-        # One array, so that one copy takes it all to the device.
-        sizes = (stages * num_reqs, stages * (num_reqs + 1), stages * width, stages * width)
-        host = np.zeros(sum(sizes), dtype=np.int32)
-        seq_lens, starts, entries, offsets = (
-            part.reshape(stages, -1) for part in np.split(host, np.cumsum(sizes)[:-1])
+        write_lengths(
+            plan,
+            self.seq_lens[:, :num_reqs].numpy(),
+            self.query_start_loc[:, : num_reqs + 1].numpy(),
         )
-        write_lengths(plan, seq_lens, starts)
-        self._fill_places(plan, whole, entries, offsets)
+        if interleaved is not None:
+            self._deal_blocks(interleaved, num_reqs, int(plan.seq_lens.max(initial=0)))
+        self._fill_slots(plan, num_tokens)
 
-        packed = to_device(host, self.device)
-        seqs, query_starts, entry, offset = (part.view(stages, -1) for part in packed.split(sizes))
-        self.seq_lens[:, :num_reqs].copy_(seqs)
-        self.query_start_loc[:, : num_reqs + 1].copy_(query_starts)
-        self._deal_blocks(interleaved, num_reqs, int(plan.seq_lens.max(initial=0)))
-        if width:
-            self.slot_mappings[:, :width].copy_(self._slots(entry, offset))
-        if width < num_tokens:
-            self.slot_mappings[:, width:num_tokens].fill_(PAD_SLOT_ID)
+    def of_stage(self, stage: int) -> torch.Tensor:
+        """Block tables [layers, max_reqs, max_blocks] of a stage's layers."""
+        return self.block_tables[self._layers(stage)]
 
     def fill_dummy(self, stage: int, common: CommonAttentionMetadata) -> StageViews:
         """A dummy run attends to whatever is there, and writes nowhere."""
@@ -237,7 +227,7 @@ class StepTables:
     def slots_of(self, stage: int, places: Places, layer: int | None = None) -> torch.Tensor:
         """Slots [layers, n] int64 of tokens, see `blocks_of`."""
         blocks, offsets = self.blocks_of(stage, places, layer)
-        return blocks.long() * self.block_size + offsets
+        return torch.add(offsets, blocks, alpha=self.block_size)
 
     def blocks_of(
         self, stage: int, places: Places, layer: int | None = None
@@ -258,59 +248,46 @@ class StepTables:
         first = sum(self.num_layers[:stage])
         return slice(first, first + self.num_layers[stage])
 
-    def _fill_places(
-        self, plan: StepPlan, running: list[int], entries: np.ndarray, offsets: np.ndarray
-    ) -> None:
-        """Where each token's K/V goes: entry of the layer's flattened table, offset in the block.
-
-        An offset of -1 marks padding.
-        """
-        if plan.boundary is None:
-            # All stages run the same tokens: one request axis, shifted by what a stage defers.
-            request, position = plan.stages[0].request_and_position
-            shift = plan.seq_lens - plan.stages[0].seq_lens
-            positions = position + shift[:, request]
-            np.divmod(positions, self.block_size, out=(entries, offsets))
-            entries += request * self.max_blocks
-            return
-        for stage, count in enumerate(running):
-            offsets[stage, count:] = -1
-            if count:
-                request, position = plan.stages[stage].request_and_position
-                np.divmod(
-                    position,
-                    self.block_size,
-                    out=(entries[stage, :count], offsets[stage, :count]),
-                )
-                entries[stage, :count] += request * self.max_blocks
-
-    def _slots(self, entries: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """[layers, tokens] int64 of entries and offsets [stages, tokens]."""
-        of_layer = self._stage_of_layer
-        blocks = self.block_tables.flatten(1).gather(1, entries.long()[of_layer])
-        slots = blocks.long() * self.block_size + offsets[of_layer]
-        return slots.masked_fill_(offsets[of_layer] < 0, PAD_SLOT_ID)
-
     def _deal_blocks(
         self, interleaved: Sequence[torch.Tensor], num_reqs: int, max_seq_len: int
     ) -> None:
         """Deal the stages' block ids out to all layers, as far as this step reaches."""
         blocks = min(-(-max_seq_len // self.block_size), self.max_blocks)
-        together = torch.cat(
-            [
-                table[:num_reqs, : layers * blocks]
-                for table, layers in zip(interleaved, self.num_layers, strict=True)
-            ],
-            dim=1,
-        )
-        dealt = together.index_select(1, self._columns(blocks))
-        dealt = dealt.view(num_reqs, len(self.block_tables), blocks)
-        self.block_tables[:, :num_reqs, :blocks].copy_(dealt.transpose(0, 1))
+        dealt = self.block_tables[:, :num_reqs, :blocks].numpy()
+        for stage, table in enumerate(interleaved):
+            dealt[self._layers(stage)] = interleaving.dealt(
+                table[:num_reqs].numpy(), self.num_layers[stage], blocks
+            )
 
-    def _dealing_columns(self, num_blocks: int) -> torch.Tensor:
-        """[layers * num_blocks] int64: where each layer's blocks are among all stages' entries."""
-        columns, width = [], 0
-        for layers in self.num_layers:
-            columns.append(interleaving.columns(layers, num_blocks).flatten() + width)
-            width += layers * num_blocks
-        return to_device(np.concatenate(columns), self.device)
+    def _fill_slots(self, plan: StepPlan, num_tokens: int) -> None:
+        """Where each layer writes the K/V of each token. num_tokens: with padding."""
+        slots = self.slot_mappings.numpy()
+        if plan.boundary is None:
+            # All stages run the same tokens, at places of their own.
+            request, position = places_of(plan.query_lens[0], plan.seq_lens)
+            self._put_slots(slots, slice(None), request, position[self._stage_of_layer])
+            slots[:, plan.num_tokens : num_tokens] = PAD_SLOT_ID
+            return
+        # A stage of more rows runs in pieces, which bring slots of their own.
+        whole = [s.num_tokens if s.num_tokens <= self.max_tokens else 0 for s in plan.stages]
+        end = max(num_tokens, *whole)
+        for stage, count in enumerate(whole):
+            layers = self._layers(stage)
+            if count:
+                request, position = plan.stages[stage].request_and_position
+                self._put_slots(slots, layers, request, position)
+            slots[layers, count:end] = PAD_SLOT_ID
+
+    def _put_slots(
+        self, slots: np.ndarray, layers: slice, request: np.ndarray, position: np.ndarray
+    ) -> None:
+        """Write these layers' slots of tokens, by their place in the layers' K/V.
+
+        position: [tokens], or [layers, tokens] where layers differ.
+        """
+        entry, offset = np.divmod(position, self.block_size)
+        rows = self._rows[layers]
+        blocks = self.block_tables.numpy()[rows, request, entry]
+        own = slots[layers, : len(request)]
+        np.multiply(blocks, self.block_size, out=own, dtype=np.int64)
+        own += offset

@@ -33,10 +33,10 @@ def of_layer(entries: list[Any], layer: int, num_layers: int) -> list[Any]:
     return entries[layer::num_layers]
 
 
-def columns(num_layers: int, num_blocks: int) -> np.ndarray:
-    """[num_layers, num_blocks] int64: table columns of each layer's first blocks."""
-    layers, blocks = np.arange(num_layers), np.arange(num_blocks)
-    return blocks[None, :] * num_layers + layers[:, None]
+def dealt(tables: np.ndarray, num_layers: int, num_blocks: int) -> np.ndarray:
+    """[num_layers, requests, num_blocks], each layer's first blocks, of tables [requests, entries]."""
+    used = tables[:, : num_layers * num_blocks]
+    return used.reshape(len(tables), num_blocks, num_layers).transpose(2, 0, 1)
 
 
 def cache_ids(group_id: int, num_layers: int) -> list[int]:

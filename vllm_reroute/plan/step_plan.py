@@ -49,12 +49,20 @@ class StageLengths:
     @cached_property
     def request_and_position(self) -> tuple[np.ndarray, np.ndarray]:
         """[tokens] int32 each, for the tokens that run: their request, and their place in its K/V."""
-        requests = np.arange(len(self.query_lens), dtype=np.int32)
-        if self.num_tokens == len(requests) and (self.query_lens == 1).all():
-            return requests, self.seq_lens - 1
-        request = requests.repeat(self.query_lens)
-        shift = self.seq_lens - self.query_start_loc[1:]
-        return request, np.arange(self.num_tokens, dtype=np.int32) + shift[request]
+        return places_of(self.query_lens, self.seq_lens)
+
+
+def places_of(query_lens: np.ndarray, seq_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Request [tokens] of each token that runs, and its place in the request's K/V, both int32.
+
+    query_lens: [requests]. seq_lens: [requests] or [stages, requests]; so are the places, by tokens.
+    """
+    request = np.arange(len(query_lens), dtype=np.int32)
+    if (query_lens == 1).all():
+        return request, seq_lens - 1
+    ends = query_lens.cumsum(dtype=np.int32)
+    request = request.repeat(query_lens)
+    return request, np.arange(len(request), dtype=np.int32) + (seq_lens - ends)[..., request]
 
 
 @dataclass(frozen=True)
@@ -132,30 +140,37 @@ class Boundary:
 class StepPlan:
     """One step, complete before it runs. Everything here lives on the host.
 
-    num_tokens: tokens of the step. stages: lengths per stage of the schedule. candidates: lengths
-    at the input of the first decision layer. prefills: requests whose decisions are taken now.
-    boundary: None where every token of the step simply runs all stages.
+    num_tokens: tokens of the step. query_lens, seq_lens: [stages, requests] int32, see `StageLengths`.
+    candidates: lengths at the input of the first decision layer. prefills: requests whose decisions
+    are taken now. boundary: None where every token of the step simply runs all stages.
     """
 
     num_tokens: int
-    stages: tuple[StageLengths, ...]
+    query_lens: np.ndarray
+    seq_lens: np.ndarray
     candidates: StageLengths
     prefills: tuple[ImagePrefill, ...] = ()
     boundary: Boundary | None = None
 
     @property
     def num_reqs(self) -> int:
-        return len(self.candidates.query_lens)
+        return self.seq_lens.shape[1]
 
     @cached_property
-    def query_lens(self) -> np.ndarray:
-        """[stages, requests] int32."""
-        return np.stack([lengths.query_lens for lengths in self.stages])
+    def stages(self) -> tuple[StageLengths, ...]:
+        """Lengths per stage of the schedule."""
+        return tuple(map(StageLengths, self.query_lens, self.seq_lens))
 
     @cached_property
-    def seq_lens(self) -> np.ndarray:
-        """[stages, requests] int32."""
-        return np.stack([lengths.seq_lens for lengths in self.stages])
+    def like_stage(self) -> tuple[int, ...]:
+        """Per stage, the first of those in a row with the very same lengths."""
+        same = (self.seq_lens[1:] == self.seq_lens[:-1]).all(axis=1)
+        if self.boundary is not None:
+            same &= (self.query_lens[1:] == self.query_lens[:-1]).all(axis=1)
+        first = [0]
+        for stage, is_same in enumerate(same.tolist(), 1):
+            first.append(first[-1] if is_same else stage)
+        return tuple(first)
 
 
 def plan_step(
@@ -174,23 +189,26 @@ def plan_step(
     reuse, that is, whether prefix caching is on; else only those are written that a later step of
     the request reads.
     """
+    num_tokens = int(num_scheduled.sum())
     end = num_computed + num_scheduled
+    if (num_computed >= batch.settled).all():
+        # All that is ever decided has been: every token runs everywhere.
+        held = (end - batch.deferred).astype(np.int32)
+        query = np.empty_like(held)
+        query[:] = num_scheduled
+        return StepPlan(num_tokens, query, held, StageLengths(query[0], end.astype(np.int32)))
     # Later stages run positions [first, last) of each request.
     first, deferred_before = batch.later_stages(num_computed)
     last, deferred = batch.later_stages(end)
     query = (last - first) - (deferred - deferred_before)
     held = last - deferred
     query[:dense_stages], held[:dense_stages] = num_scheduled, end
-    stages = tuple(
-        StageLengths(lens, seqs)
-        for lens, seqs in zip(query.astype(np.int32), held.astype(np.int32), strict=True)
-    )
+    query, held = query.astype(np.int32), held.astype(np.int32)
     candidates = StageLengths((last - first).astype(np.int32), last.astype(np.int32))
-    num_tokens = int(num_scheduled.sum())
     turns = batch.turns
     ending = (num_computed[turns.request] < turns.end) & (turns.end <= end[turns.request])
     if not ending.any() and (first == num_computed).all() and (last == end).all():
-        return StepPlan(num_tokens, stages, candidates)
+        return StepPlan(num_tokens, query, held, candidates)
     assert np.bincount(turns.request[ending]).max(initial=0) <= 1, "two turns end in one step"
     boundary = _plan_boundary(
         num_computed,
@@ -206,7 +224,7 @@ def plan_step(
         _prefill(i, batch.routings[i], turn_end, int(first[i]), candidates)
         for i, turn_end in decided.items()
     )
-    return StepPlan(num_tokens, stages, candidates, prefills, boundary)
+    return StepPlan(num_tokens, query, held, candidates, prefills, boundary)
 
 
 def _prefill(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -42,8 +43,8 @@ class PromptRows:
     lens: [requests], tokens present per prompt. num_cached: [requests], of them cached.
     num_visual: visual tokens of the turn present per prompt. num_rows: rows of the layout.
     prefills: whose prompts these are. batch_rows: their rows in the step's batch.
-    shared_rows: [s] int64, the layout's rows of text that becomes shareable in this step, at the
-    K/V places `shared`; empty where no prompt has cached text.
+    shared: K/V places of text that becomes shareable in this step; none where no prompt has cached
+    text. key_rows: [s + P] int64, the layout's rows of that text, then `rows`.
     """
 
     rows: torch.Tensor
@@ -56,9 +57,10 @@ class PromptRows:
     num_rows: int
     prefills: tuple[ImagePrefill, ...]
     batch_rows: tuple[int, ...]
-    shared_rows: torch.Tensor
     shared: Places
+    key_rows: torch.Tensor
     _query_rows: dict[int, QueryRows] = field(default_factory=dict, repr=False)
+    _once: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def width(self) -> int:
@@ -75,6 +77,12 @@ class PromptRows:
         counts = np.array(self.num_cached, dtype=np.int64)
         request = np.array(self.batch_rows, dtype=np.int64).repeat(counts)
         return Places(request, _ranges(np.zeros_like(counts), counts))
+
+    def once(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A tensor that stays the same while the tokens keep this layout, made when first asked for."""
+        if name not in self._once:
+            self._once[name] = make()
+        return self._once[name]
 
     def query_rows(self, n: int) -> QueryRows:
         """The rows of the prompts' last n tokens, made once for all decisions in this layout.
@@ -125,10 +133,10 @@ class PromptRows:
         keys[own_places] = cached.sum() + np.arange(len(rows))
         keys[_ranges(first_places, cached)] = np.arange(cached.sum())
         shared, shared_rows = _shared_text(plan, lengths, prefills)
-        packed = (rows, table, keys, last, shared_rows)
-        rows, table, keys, last, shared_rows = to_device(np.concatenate(packed), device).split(
-            [len(part) for part in packed]
-        )
+        packed = (shared_rows, rows, table, keys, last)
+        on_device = to_device(np.concatenate(packed), device)
+        key_rows = on_device[: len(shared_rows) + len(rows)]
+        _, rows, table, keys, last = on_device.split([len(part) for part in packed])
         return cls(
             rows=rows,
             table=table.view(count, width),
@@ -140,8 +148,8 @@ class PromptRows:
             num_rows=lengths.num_tokens,
             prefills=prefills,
             batch_rows=tuple(p.index for p in prefills),
-            shared_rows=shared_rows,
             shared=shared,
+            key_rows=key_rows,
         )
 
 

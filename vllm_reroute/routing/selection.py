@@ -25,7 +25,8 @@ def select_rows(
     lower position, so a request's choice does not depend on what else is in the batch.
     """
     table, width = prompts.table, prompts.width
-    order = scores.masked_fill(text[table], -torch.inf).sort(dim=1, descending=True, stable=True)
+    stays = prompts.once("stays", lambda: text[table])
+    order = scores.masked_fill(stays, -torch.inf).sort(dim=1, descending=True, stable=True)
     ranked = table.gather(1, order.indices).flatten()
     best = [np.arange(kept) + i * width for i, kept in enumerate(num_kept)]
     kept = ranked[to_device(np.concatenate(best), scores.device)]

@@ -37,8 +37,8 @@ class StepPlanner:
         self.offers_parked = bool(vllm_config.cache_config.enable_prefix_caching)
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         stages = {s.stage: i for i, s in enumerate(specs) if isinstance(s, StageSpec)}
-        self._groups = [stages[stage] for stage in range(len(self.schedule.stages))]
-        self.block_size = specs[self._groups[0]].block_size
+        self.groups = [stages[stage] for stage in range(len(self.schedule.stages))]
+        self.block_size = specs[self.groups[0]].block_size
         self._batch: tuple[list[Any], BatchRouting] = [], BatchRouting.of((), 0)
 
     def request_routing(
@@ -65,7 +65,7 @@ class StepPlanner:
         routing_of: Callable[[Any], RequestRouting | None],
         num_computed: np.ndarray,
         num_scheduled: np.ndarray,
-        block_tables: Sequence[torch.Tensor],
+        block_tables: Sequence[torch.Tensor] | None,
         *,
         num_reqs: int,
         num_tokens: int,
@@ -76,8 +76,9 @@ class StepPlanner:
 
         requests: the batch, in order, as objects that live as long as their requests; routing_of: the
         lasting facts of one of them. num_computed, num_scheduled: [requests]. block_tables: one per
-        K/V group, of at least num_reqs rows. num_reqs, num_tokens: of the step with the runner's padding. positions_of:
-        rope positions [n] or [3, n] of tokens, on the device. lengths: the runner's, of num_reqs rows.
+        K/V group, of at least num_reqs rows; None where the runner's are those to be filled. num_reqs,
+        num_tokens: of the step with the runner's padding. positions_of: rope positions [n] or [3, n]
+        of tokens, on the device. lengths: the runner's, of num_reqs rows.
         """
         plan = plan_step(
             num_computed.astype(np.int64),
@@ -89,7 +90,7 @@ class StepPlanner:
         )
         self.tables.fill(
             plan,
-            [block_tables[group] for group in self._groups],
+            None if block_tables is None else [block_tables[group] for group in self.groups],
             num_reqs=num_reqs,
             num_tokens=num_tokens,
             lengths=lengths,

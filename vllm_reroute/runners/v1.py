@@ -14,6 +14,7 @@ from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.step_plan import Places
 from vllm_reroute.runners.step_planner import StepPlanner
 from vllm_reroute.runners.v1_seeds import withhold_generators
+from vllm_reroute.runners.v1_tables import take_over
 from vllm_reroute.to_device import to_device
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def planned_step(
     if num_scheduled_tokens is not None:
         if not hasattr(runner, _PLANNER_ATTRIBUTE):
             planner = StepPlanner(runner.vllm_config, runner.kv_cache_config, decoder)
+            tables = runner.input_batch.block_table.block_tables
+            take_over(tables, planner.groups, decoder.tables)
             setattr(runner, _PLANNER_ATTRIBUTE, planner)
         step = _V1Batch(runner).plan(num_scheduled_tokens, num_reqs, num_tokens)
         check_graph(step, full_graph=full_graph)
@@ -89,15 +92,17 @@ class _V1Batch:
     def plan(
         self, num_scheduled_tokens: dict[str, int], num_reqs: int, num_tokens: int
     ) -> RoutedStep:
-
         batch = self.runner.input_batch
-        tables = batch.block_table.block_tables
+        tables = None
+        if self.planner.tables.kernel is not None:
+            groups = batch.block_table.block_tables
+            tables = [table.get_device_tensor(num_reqs) for table in groups]
         return self.planner.plan(
             list(map(self.runner.requests.__getitem__, self.req_ids)),
             self._routing,
             batch.num_computed_tokens_cpu[: batch.num_reqs],
             np.array([num_scheduled_tokens[r] for r in self.req_ids]),
-            [table.get_device_tensor(num_reqs) for table in tables],
+            tables,
             num_reqs=num_reqs,
             num_tokens=num_tokens,
             positions_of=self._positions,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm_reroute.schedule.budget import (
@@ -80,7 +81,7 @@ class RoutingSchedule:
     history: History = "rerank"
     marker: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """One stage per decision layer, after a dense one unless the vision encoder decides."""
         dense = self.encoder_ratio is None
@@ -96,7 +97,7 @@ class RoutingSchedule:
         """The first decision layer: from its input on, tokens may be deferred."""
         return self.layers[0]
 
-    @property
+    @cached_property
     def pieces(self) -> tuple[Stage, ...]:
         """The stages, cut once more where the input of a layer inside one is scored."""
         edges = {0, self.num_layers, *self.layers, *(d.scored_at or 0 for d in self.decisions)}
@@ -109,7 +110,7 @@ class RoutingSchedule:
             for first, end in itertools.pairwise(sorted(edges))
         )
 
-    @property
+    @cached_property
     def decisions(self) -> tuple[Decision, ...]:
         """All choices, in order.
 

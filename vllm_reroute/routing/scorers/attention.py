@@ -158,10 +158,9 @@ class LastTokenScorer(Scorer):
         [3, rows]. The same on every tensor-parallel rank.
         """
         queries = prompts.query_rows(self.rule.num_queries)
+        places = prompts.once("query positions", lambda: positions[..., queries.rows])
         scores = attention_rows(
-            self._queries(stream[queries.rows], positions[..., queries.rows]).unflatten(
-                0, (len(prompts.lens), -1)
-            ),
+            self._queries(stream[queries.rows], places).unflatten(0, (len(prompts.lens), -1)),
             self._key_table(stream, positions, prompts),
             queries.weights,
             queries.hidden,
@@ -174,12 +173,10 @@ class LastTokenScorer(Scorer):
         self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
     ) -> torch.Tensor:
         """Keys [requests, width, kv_heads, dim] of all tokens present, cached ones included."""
-        if len(prompts.shared_rows):
-            rows = prompts.shared_rows
-            write_keys(
-                self.attention.attn, self._keys(stream[rows], positions[..., rows]), prompts.shared
-            )
-        keys = self._keys_of_rows(stream, positions, prompts)
+        keys, num_shared = self._keys_of_rows(stream, positions, prompts), len(prompts.shared)
+        if num_shared:
+            write_keys(self.attention.attn, keys[:num_shared], prompts.shared)
+            keys = keys[num_shared:]
         if len(prompts.cached):
             keys = torch.cat((read_keys(self.attention.attn, prompts.cached).to(keys.dtype), keys))
         count = len(prompts.lens)
@@ -188,13 +185,12 @@ class LastTokenScorer(Scorer):
     def _keys_of_rows(
         self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
     ) -> torch.Tensor:
-        """Keys of the prompts' rows, some rows after the others where they are very many."""
-        if prompts.are_all_rows and len(stream) <= self.most_rows:
+        """Keys of shared text and of the prompts' rows, in parts where they are very many."""
+        if prompts.are_all_rows and not len(prompts.shared) and len(stream) <= self.most_rows:
             return self._keys(stream, positions)
-        keys = [
-            self._keys(stream[rows], positions[..., rows])
-            for rows in prompts.rows.split(self.most_rows)
-        ]
+        places = prompts.once("key positions", lambda: positions[..., prompts.key_rows])
+        parts = prompts.key_rows.split(self.most_rows), places.split(self.most_rows, dim=-1)
+        keys = [self._keys(stream[rows], own) for rows, own in zip(*parts, strict=True)]
         return keys[0] if len(keys) == 1 else torch.cat(keys)
 
     def _queries(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
