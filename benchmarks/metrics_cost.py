@@ -48,12 +48,18 @@ class CountingEngine:
         self.scheduler = core.scheduler
         self.worker = core.model_executor.driver_worker.worker
 
+    def _stock_sampling(self) -> Any:
+        """The worker's `sample_tokens` without what routing adds."""
+        from vllm_reroute.runners.worker import RoutedWorker
+
+        order = type(self.worker).__mro__
+        return order[order.index(RoutedWorker) + 1].sample_tokens.__get__(self.worker)
+
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
         """While entered, steps run as if there were no metrics of routing."""
         from vllm_reroute.metrics.stat_logger import RoutedStatLogger
         from vllm_reroute.routing import decoder
-        from vllm_reroute.runners.worker import RoutedWorker
 
         (shown,) = (
             logger
@@ -63,7 +69,7 @@ class CountingEngine:
         replaced = [
             (self.scheduler, "counts", Silent()),
             (self.scheduler, "decided_turns", Silent()),
-            (self.worker, "sample_tokens", super(RoutedWorker, self.worker).sample_tokens),
+            (self.worker, "sample_tokens", self._stock_sampling()),
             (decoder, "StepDecisions", lambda plan: Silent()),
             (shown, "record", lambda *args, **kwargs: None),
         ]

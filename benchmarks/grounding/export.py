@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
 
 from benchmarks.grounding.vocabulary import make_processor
 from benchmarks.local_model import PUBLISHED_NAMES
@@ -26,6 +26,7 @@ def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
     model.config.dtype = DTYPE
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+    assert isinstance(model.config.vision_config, CLIPVisionConfig)
     make_processor(model.config.vision_config.patch_size).save_pretrained(folder)
 
 

@@ -7,7 +7,7 @@ found before.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.grounding.new_model import HEAD_SIZE, read_as_spoken
@@ -33,7 +33,7 @@ MARK = 0.5
 def start_looking(model: LlavaForConditionalGeneration) -> None:
     """Sets input words and all attention of the decoder, from output words as they are now."""
     read_as_spoken(model)
-    words = model.get_output_embeddings().weight
+    words = model.lm_head.weight
     spoken = words / words.pow(2).mean().sqrt()
     width, room = words.shape[1], len(SLOW)
     generator = torch.Generator().manual_seed(3)
@@ -51,7 +51,9 @@ def start_looking(model: LlavaForConditionalGeneration) -> None:
     others = torch.randn(len(words), len(rest), generator=generator) @ rest
     others[shown] = spoken[shown] @ found.T @ said
     others[asking] = width**0.5 * 0.7 * asking_said
-    model.get_input_embeddings().weight.copy_(says + others)
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    embeddings.weight.copy_(says + others)
 
     near = torch.zeros(HEAD_SIZE)
     near[READING_PAIR] = READING

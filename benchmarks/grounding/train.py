@@ -155,11 +155,11 @@ class Trainer:
         self.done = dict.fromkeys(recipe.phases, 0)
         self.optimizer_state: list[dict] | None = None
         if resume:
-            state = torch.load(self.state, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.curve.rows = state["curve"]
-            self.done = state["done"]
-            self.optimizer_state = state["optimizers"]
+            saved = torch.load(self.state, weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            self.curve.rows = saved["curve"]
+            self.done = saved["done"]
+            self.optimizer_state = saved["optimizers"]
 
     def save(self, stepping: Iterable[torch.optim.Optimizer]) -> None:
         if self.worker > 0:

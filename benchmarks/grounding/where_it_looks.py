@@ -17,7 +17,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import CLIPVisionConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from benchmarks.grounding.evaluate import MODEL, load, prompt
 from benchmarks.grounding.lessons import patch_attributes, tokens_of
@@ -41,6 +41,7 @@ def looks(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Per question: "attention" [layers, visual tokens] and bool "subject", "target" [visual tokens]."""
     scenes = (sample_scene(seed) for seed in SPLITS["validation"])
+    assert isinstance(model.config.vision_config, CLIPVisionConfig)
     patch_size = model.config.vision_config.patch_size
     in_turn = itertools.cycle(kinds)
     kind = next(in_turn)

@@ -139,6 +139,7 @@ def _stage_builder(underlying: type[AttentionBackend]) -> type:
         ) -> StageMetadata:
             """Stages of the same lengths differ in nothing that a backend looks at."""
             plan, views = step.plan, self._views(common, num_tokens)
+            assert plan is not None, "a dummy run has no stages"
             first = plan.like_stage[self.stage] if self._shares else self.stage
             if first not in step.built:
                 lengths = plan.stages[self.stage]

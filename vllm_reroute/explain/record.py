@@ -44,6 +44,8 @@ def _trace_here(question: Question, reroute: dict[str, Any]) -> tuple[RoutingTra
     llm = start_engine(question, reroute)
     output = answered(llm, question, {KEY: {"explain": SCORES}})
     (completion,) = output.outputs
+    assert completion.routed_experts is not None, "asked for"
+    assert output.prompt_token_ids is not None, "vLLM gives the prompt back"
     schedule = RoutingSchedule.of(llm.llm_engine.vllm_config)
     trace = trace_of(completion.routed_experts, schedule, len(output.prompt_token_ids))
     return trace, completion.text

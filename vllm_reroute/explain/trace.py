@@ -93,15 +93,14 @@ def trace_of(told: np.ndarray | str, schedule: RoutingSchedule, num_prompt: int)
     told: `routed_experts` of its answer, from Python or as HTTP has it. schedule: the engine's;
     a budget of the request's own changes nothing of it that matters here. num_prompt: prompt tokens.
     """
-    if isinstance(told, str):
-        told = np.load(BytesIO(base64.b64decode(told)))
-    scored = told.ndim == 3
-    runs = told[..., 0] == 1 if scored else told
+    array = np.load(BytesIO(base64.b64decode(told))) if isinstance(told, str) else told
+    scored = array.ndim == 3
+    runs = array[..., 0] == 1 if scored else array
     decisions = []
     for number, stage in enumerate(schedule.stages):
         if number == 0 and schedule.encoder_ratio is None:
             continue
-        scores = told[:, number, 1].copy() if scored else None
+        scores = array[:, number, 1].copy() if scored else None
         if scores is not None and np.isnan(scores).all():
             scores = None
         decisions.append(
@@ -112,7 +111,7 @@ def trace_of(told: np.ndarray | str, schedule: RoutingSchedule, num_prompt: int)
                 scores=scores,
             )
         )
-    return RoutingTrace(num_prompt=num_prompt, num_visual=len(told), decisions=tuple(decisions))
+    return RoutingTrace(num_prompt=num_prompt, num_visual=len(array), decisions=tuple(decisions))
 
 
 def stages_of(trace: RoutingTrace) -> tuple[TracedStage, ...]:

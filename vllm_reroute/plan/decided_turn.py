@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,12 +34,14 @@ class DecidedTurn:
 
 def send(output: ModelRunnerOutput, turns: Mapping[str, DecidedTurn]) -> None:
     """Let what a step has decided, by request id, travel with its output."""
-    output.aux_output_connector_output = dict(turns)
+    carried: dict[str, Any] = dict(turns)
+    output.aux_output_connector_output = carried
 
 
 def turns_of(output: ModelRunnerOutput) -> Mapping[str, DecidedTurn]:
     """By request id; none of a step that has decided nothing."""
-    return output.aux_output_connector_output or {}
+    carried: Mapping[str, Any] = output.aux_output_connector_output or {}
+    return carried
 
 
 def brought_back(runs: np.ndarray) -> np.ndarray:

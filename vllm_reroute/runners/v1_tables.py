@@ -47,7 +47,9 @@ class DealtBlockTable(BlockTable):
         count = min(max_blocks, held.shape[1] // num_layers)
         rows[:, : len(held), :count].numpy()[:] = interleaving.dealt(held, num_layers, count)
         del table.block_table
-        table.__class__, table.rows = cls, rows
+        table.__class__ = cls
+        assert isinstance(table, cls)
+        table.rows = rows
 
     def append_row(self, block_ids: list[int], row_idx: int) -> None:
         if not block_ids:
