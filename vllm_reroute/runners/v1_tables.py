@@ -7,6 +7,7 @@ slots of their own, and on CPU they can read blocks where the runner has put the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,10 +35,8 @@ def take_over(tables: Sequence[BlockTable], stages: Sequence[int], own: StepTabl
 class DealtBlockTable(BlockTable):
     """A stage's table on CPU: blocks of requests are dealt out to its layers when they arrive.
 
-    rows: [layers, requests, blocks] int32, the very memory that the layers read.
+    block_table: [layers, requests, blocks] int32, the very memory that the layers read.
     """
-
-    rows: torch.Tensor
 
     @classmethod
     def adopt(cls, table: BlockTable, rows: torch.Tensor) -> None:
@@ -46,45 +45,41 @@ class DealtBlockTable(BlockTable):
         num_layers, _, max_blocks = rows.shape
         count = min(max_blocks, held.shape[1] // num_layers)
         rows[:, : len(held), :count].numpy()[:] = interleaving.dealt(held, num_layers, count)
-        del table.block_table
         table.__class__ = cls
-        assert isinstance(table, cls)
-        table.rows = rows
+        table.block_table = SimpleNamespace(gpu=rows, cpu=rows, np=rows.numpy())
 
     def append_row(self, block_ids: list[int], row_idx: int) -> None:
         if not block_ids:
             return
-        new = np.array(block_ids, dtype=np.int32).reshape(-1, len(self.rows)).T
-        start = self.num_blocks_per_row[row_idx] // len(self.rows)
+        rows = self.block_table.np
+        new = np.array(block_ids, dtype=np.int32).reshape(-1, len(rows)).T
+        start = self._num_blocks(row_idx)
         self.num_blocks_per_row[row_idx] += len(block_ids)
-        self.rows.numpy()[:, row_idx, start : start + new.shape[1]] = new
+        rows[:, row_idx, start : start + new.shape[1]] = new
 
     def clear_row(self, row_idx: int) -> None:
-        self.rows.numpy()[:, row_idx, : self._num_blocks(row_idx)] = 0
+        self.block_table.np[:, row_idx, : self._num_blocks(row_idx)] = 0
         self.num_blocks_per_row[row_idx] = 0
 
     def move_row(self, src: int, tgt: int) -> None:
-        rows, count = self.rows.numpy(), self._num_blocks(src)
+        rows, count = self.block_table.np, self._num_blocks(src)
         rows[:, tgt, :count] = rows[:, src, :count]
         rows[:, src, :count] = 0
         self.num_blocks_per_row[tgt] = self.num_blocks_per_row[src]
         self.num_blocks_per_row[src] = 0
 
     def swap_row(self, src: int, tgt: int) -> None:
-        rows, counts = self.rows.numpy(), self.num_blocks_per_row
+        rows, counts = self.block_table.np, self.num_blocks_per_row
         rows[:, [src, tgt]] = rows[:, [tgt, src]]
         counts[[src, tgt]] = counts[[tgt, src]]
 
     def commit_block_table(self, num_reqs: int) -> None:
         """The device is the host."""
 
-    def clear(self) -> None:
-        self.rows.zero_()
-
     def get_device_tensor(self, num_reqs: int) -> torch.Tensor:
         """The first layer's."""
-        return self.rows[0, :num_reqs]
+        return self.block_table.gpu[0, :num_reqs]
 
     def _num_blocks(self, row_idx: int) -> int:
         """Of each layer."""
-        return self.num_blocks_per_row[row_idx] // len(self.rows)
+        return self.num_blocks_per_row[row_idx] // len(self.block_table.np)
