@@ -53,7 +53,8 @@ class CountingEngine:
         from vllm_reroute.runners.worker import RoutedWorker
 
         order = type(self.worker).__mro__
-        return order[order.index(RoutedWorker) + 1].sample_tokens.__get__(self.worker)
+        stock: Any = order[order.index(RoutedWorker) + 1]
+        return stock.sample_tokens.__get__(self.worker)
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:

@@ -26,8 +26,9 @@ def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
     model.config.dtype = DTYPE
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    assert isinstance(model.config.vision_config, CLIPVisionConfig)
-    make_processor(model.config.vision_config.patch_size).save_pretrained(folder)
+    vision = model.config.vision_config
+    assert isinstance(vision, CLIPVisionConfig) and isinstance(vision.patch_size, int)
+    make_processor(vision.patch_size).save_pretrained(folder)
 
 
 def _published_name(name: str) -> str:

@@ -41,8 +41,8 @@ def looks(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Per question: "attention" [layers, visual tokens] and bool "subject", "target" [visual tokens]."""
     scenes = (sample_scene(seed) for seed in SPLITS["validation"])
-    assert isinstance(model.config.vision_config, CLIPVisionConfig)
-    patch_size = model.config.vision_config.patch_size
+    vision = model.config.vision_config
+    assert isinstance(vision, CLIPVisionConfig) and isinstance(vision.patch_size, int)
     in_turn = itertools.cycle(kinds)
     kind = next(in_turn)
     for scene in scenes:
@@ -54,7 +54,7 @@ def looks(
         with torch.inference_mode():
             attentions = model(**inputs, output_attentions=True).attentions
         rows = torch.stack([layer[0, :, -1].mean(dim=0) for layer in attentions])
-        shown = patch_attributes(scene, patch_size)
+        shown = patch_attributes(scene, vision.patch_size)
         visual = slice(FIRST, FIRST + len(shown))
         yield {
             "attention": rows[:, visual].numpy(),

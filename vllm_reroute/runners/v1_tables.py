@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -46,7 +46,8 @@ class DealtBlockTable(BlockTable):
         count = min(max_blocks, held.shape[1] // num_layers)
         rows[:, : len(held), :count].numpy()[:] = interleaving.dealt(held, num_layers, count)
         table.__class__ = cls
-        table.block_table = SimpleNamespace(gpu=rows, cpu=rows, np=rows.numpy())
+        buffer: Any = SimpleNamespace(gpu=rows, cpu=rows, np=rows.numpy())
+        table.block_table = buffer
 
     def append_row(self, block_ids: list[int], row_idx: int) -> None:
         if not block_ids:
