@@ -13,8 +13,8 @@ DEVICE = (
     Mutant(
         name="metadata-waits-for-the-device",
         file="vllm_reroute/attention/step_tables.py",
-        old="        self.seq_lens[:, :num_reqs].copy_(seqs)\n",
-        new="        self.seq_lens[:, :num_reqs].copy_(seqs)\n        self.seq_lens.sum().item()\n",
+        old="        return self.block_tables[layers].flatten(1).index_select(",
+        new="        packed.sum().item()\n        return self.block_tables[layers].flatten(1).index_select(",
         killers=("tests/unit/test_no_device_sync.py",),
     ),
     Mutant(
@@ -99,8 +99,8 @@ DEVICE = (
     Mutant(
         name="slots-of-another-stage",
         file="vllm_reroute/attention/step_tables.py",
-        old="entries.long()[of_layer]",
-        new="entries.long()[of_layer * 0]",
+        old="position[self._stage_of_layer]",
+        new="position[self._stage_of_layer * 0]",
         killers=("tests/unit/test_step_tables.py::test_a_step",),
     ),
     Mutant(
