@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks.bench import report, targets
+from benchmarks.bench import plot, report, targets
 from benchmarks.bench.client import KEYS, RATE, command
 from benchmarks.bench.engines import SHALLOW, STOCK
 from benchmarks.bench.parts import (
@@ -156,6 +156,18 @@ def test_lines_of_a_plot_are_told_apart(tmp_path):
     (path,) = machinery.draw(found, tmp_path)
     strokes = set(re.findall(r"stroke: (#\w{6}); stroke-width: 1.2", path.read_text()))
     assert len(strokes) == 3
+
+
+def test_methods_and_actions_are_told_apart_in_any_plot(tmp_path):
+    labels = [
+        "stock",
+        *(f"{m} {a}" for m in ("fastv", "pdrop", "nuwa") for a in ("remove", "reroute")),
+    ]
+    row = {"median": 1.0, "low": 0.9, "high": 1.1}
+    groups = {label: [(1, row), (2, row)] for label in labels}
+    path = plot.lines(tmp_path / "all.svg", groups, xlabel="x", ylabel="y")
+    looks = re.findall(r'style="(fill: none;[^"]*stroke-width: 1.2[^"]*)"', path.read_text())
+    assert len(set(looks)) == len(labels), looks
 
 
 def test_host_has_bounds_of_its_own():

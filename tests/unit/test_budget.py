@@ -13,7 +13,7 @@ from vllm_reroute.schedule.published import SCHEDULES
 VISUAL = 576
 FLAT = [("fastv", "remove"), ("fastv", "reroute")]
 SHAPED = [("pdrop", "remove"), ("pdrop", "reroute")]
-DEPTHS = range(7, 81, 3)
+DEPTHS = range(7, 81, 6)
 
 
 def totals(first_layer):

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm_reroute.attention.key_pages import read_keys
 from vllm_reroute.attention.metadata import StageMetadata
 from vllm_reroute.attention.parked import PagePlaces, ParkedExchange, ParkedStates
+from vllm_reroute.attention.step_kernel import KernelFill
 from vllm_reroute.attention.step_tables import StepTables
 from vllm_reroute.plan.row_pieces import row_pieces
 from vllm_reroute.plan.step_plan import Places
@@ -79,6 +80,13 @@ def layer(name: str, tables: StepTables, stage: int, index: int) -> SimpleNamesp
     return SimpleNamespace(self_attn=own, input_layernorm=lambda states: states / 2)
 
 
+class Unlaunched:
+    """Stands in for the kernel that fills the tables on GPUs; all that leads to it is real."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **constants: None
+
+
 class Decoder:
     """The real loop over stages with the real scorers, around layers that only add."""
 
@@ -88,6 +96,7 @@ class Decoder:
         self.tables.allocate(
             block_size=BLOCK, max_reqs=8, max_tokens=64, max_blocks=MAX_BLOCKS, device=CPU
         )
+        self.tables.kernel = KernelFill(self.tables, Unlaunched())
         routed = RoutedDecoder.__new__(RoutedDecoder)
         nn.Module.__init__(routed)
         routed.schedule, routed._decided = schedule, None

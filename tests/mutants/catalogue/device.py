@@ -12,9 +12,10 @@ DEVICE = (
     ),
     Mutant(
         name="metadata-waits-for-the-device",
-        file="vllm_reroute/attention/step_tables.py",
-        old="        return self.block_tables[layers].flatten(1).index_select(",
-        new="        packed.sum().item()\n        return self.block_tables[layers].flatten(1).index_select(",
+        file="vllm_reroute/attention/step_kernel.py",
+        old="        addresses, table_strides = self._source(interleaved)\n",
+        new="        addresses, table_strides = self._source(interleaved)\n"
+        "        tables.seq_lens.sum().item()\n",
         killers=("tests/unit/test_no_device_sync.py",),
     ),
     Mutant(
@@ -124,7 +125,7 @@ DEVICE = (
         file="vllm_reroute/attention/step_kernel.py",
         old="num_blocks = (seq_len + BLOCK - 1) // BLOCK",
         new="num_blocks = seq_len // BLOCK",
-        killers=("tests/unit/test_step_kernel.py::test_as_torch_does",),
+        killers=("tests/unit/test_step_kernel.py::test_as_the_host_does",),
     ),
     Mutant(
         name="budget-unknown-to-the-worker",
