@@ -95,7 +95,7 @@ def decisions(model, num_images: int, cached: int = 0) -> list[Counter[str]]:
 
 MOST = {0: 30, 64: 35}
 """Operations of a decision, by tokens whose keys are read back from pages."""
-MOST_LATER = 30
+MOST_LATER = 31
 """Where nothing is removed, later decisions find the step's tokens as the first one has laid them out."""
 
 

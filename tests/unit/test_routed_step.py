@@ -10,6 +10,7 @@ import torch
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.row_pieces import row_pieces
 from vllm_reroute.plan.visual_spans import VisualSpans
+from vllm_reroute.routing.step_decisions import StepDecisions
 
 from .routed_model import Conversation, Conversations
 
@@ -165,7 +166,13 @@ def test_scores_of_all_decisions_add_up(model, monkeypatch):
             return found[-1]
 
         monkeypatch.setattr(scorer, "score", watched)
-    monkeypatch.setattr(model.decoder, "observer", choices.append)
+    noted = StepDecisions.add
+
+    def noting(decisions, choice, **options):
+        choices.append(choice)
+        noted(decisions, choice, **options)
+
+    monkeypatch.setattr(StepDecisions, "add", noting)
     Conversations(model, [conversation(model, ONE, seed=2)]).step({0: NUM_PROMPT})
     assert len(found) == len(choices) == len(model.schedule.layers)
     for number, choice in enumerate(choices):

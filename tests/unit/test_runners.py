@@ -95,6 +95,7 @@ def test_stages_of_the_same_lengths_share_what_a_backend_makes_of_them(
     """But where graphs replay with each builder's own tensors."""
     monkeypatch.setattr(model.config.compilation_config, "cudagraph_mode", graphs)
     for (group,) in model.attn_groups:
+        monkeypatch.setattr(group, "metadata_builders", [])  # those of other tests come back
         group.create_metadata_builders(model.config, CPU)
     builders = [group.get_metadata_builder() for (group,) in model.attn_groups[:-1]]
     run.requests[0].computed, run.requests[1].computed = NUM_PROMPT, 7

@@ -34,15 +34,13 @@ class StepDecisions:
         self.plan = plan
         self._wants_scores = any(p.routing.explain == SCORES for p in plan.prefills)
         self._decisions: list[_Decision] = []
-        self._kept: list[torch.Tensor] = []
+        self._rows: list[torch.Tensor] = []
         self._scores: list[torch.Tensor] = []
         self._among: int | None = None
 
     def add(self, choice: Choice, *, removes: bool) -> None:
         """Note what was chosen. removes: whether only that can be chosen from now on."""
-        rows = choice.running.rows
-        kept = torch.zeros(choice.plan.candidates.num_tokens, dtype=torch.bool, device=rows.device)
-        self._kept.append(kept.index_fill_(0, rows, True))
+        self._rows.append(choice.running.rows)
         scored = None
         if self._wants_scores and choice.scores is not None:
             self._scores.append(choice.scores)
@@ -53,14 +51,15 @@ class StepDecisions:
 
     def to_host(self) -> HostDecisions:
         """Begin to copy, behind the work that is under way; nothing waits for it."""
-        kept = torch.stack(self._kept)
+        rows = torch.cat(self._rows)
+        ends = np.cumsum([len(own) for own in self._rows])
         copied = None
         # Copies that do not block go to pinned memory.
-        host = [part.to("cpu", non_blocking=True) for part in (kept, *self._scores)]
-        if kept.device.type != "cpu":
-            copied = torch.Event(device=kept.device.type)
+        host = [part.to("cpu", non_blocking=True) for part in (rows, *self._scores)]
+        if rows.device.type != "cpu":
+            copied = torch.Event(device=rows.device.type)
             copied.record()
-        return HostDecisions(self.plan, self._decisions, host, copied)
+        return HostDecisions(self.plan, self._decisions, ends, host, copied)
 
 
 class HostDecisions:
@@ -70,19 +69,23 @@ class HostDecisions:
         self,
         plan: StepPlan,
         decisions: list[_Decision],
+        ends: np.ndarray,
         host: list[torch.Tensor],
         copied: torch.Event | None,
     ) -> None:
-        """host: bool [decisions, candidates], who runs; then scores [requests, width] of decisions
-        that have any. copied: when all of it is there; None if it is."""
-        self._plan, self._decisions, self._copied = plan, decisions, copied
-        self._kept, *self._scores = host
+        """host: rows of candidates that run, decision after decision, which end at `ends`; then scores
+        [requests, width] of decisions that have any. copied: when all of it is there; None if it is."""
+        self._plan, self._decisions, self._ends, self._copied = plan, decisions, ends, copied
+        self._rows, *self._scores = host
 
     def turns(self) -> dict[int, DecidedTurn]:
         """By the request's row in the step's batch. Waits until the copies are there."""
         if self._copied is not None:
             self._copied.synchronize()
-        kept, scores = self._kept.numpy(), [part.numpy() for part in self._scores]
+        kept = np.zeros((len(self._decisions), self._plan.candidates.num_tokens), dtype=bool)
+        for number, rows in enumerate(np.split(self._rows.numpy(), self._ends[:-1])):
+            kept[number, rows] = True
+        scores = [part.numpy() for part in self._scores]
         return {
             prefill.index: self._turn(number, prefill, kept, scores)
             for number, prefill in enumerate(self._plan.prefills)
