@@ -124,6 +124,9 @@ class Later(AsyncModelRunnerOutput):
     def get_output(self):
         return self.output
 
+    def get_kv_connector_output(self):
+        return "what a connector says"
+
 
 @pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
 def test_a_worker_says_what_its_step_has_decided(later):
@@ -135,7 +138,9 @@ def test_a_worker_says_what_its_step_has_decided(later):
     assert issubclass(worker_cls, StockWorker)
     found = worker_cls(Later(output) if later else output, copied).sample_tokens(None)
     assert bool(asked) is not later
-    found = found.get_output() if later else found
+    if later:
+        assert found.get_kv_connector_output() == "what a connector says"
+        found = found.get_output()
     assert found is output and turns_of(found) == {"b": turn(20)}
     other = ModelRunnerOutput(["a"], {"a": 0})
     assert worker_cls(other, None).sample_tokens(None) is other and turns_of(other) == {}

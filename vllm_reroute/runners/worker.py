@@ -53,6 +53,11 @@ class DecidedOutput(AsyncModelRunnerOutput):
     def get_output(self) -> ModelRunnerOutput:
         return _with(self._stock.get_output(), self._decisions)
 
+    def get_kv_connector_output(self) -> Any:
+        """From vLLM 0.33 on."""
+        stock: Any = self._stock
+        return stock.get_kv_connector_output()
+
 
 def _with(output: ModelRunnerOutput, decisions: HostDecisions) -> ModelRunnerOutput:
     send(output, {output.req_ids[row]: turn for row, turn in decisions.turns().items()})
