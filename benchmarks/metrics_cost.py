@@ -5,7 +5,7 @@
 The model is the thin one of `make bench`, of a few values per token, so that a step is mostly host. Steps with and
 without counting take turns in the same engine, in an order that chance decides for every pair, and a difference is
 formed within a pair: whatever slows the machine down slows both. Without, nothing of it is called: not the scheduler's
-counts, not the front end's logger, and in a step that decides neither the masks nor their copy.
+counts, not the front end's logger, and in a step that decides neither what was chosen nor its copy.
 """
 
 import argparse

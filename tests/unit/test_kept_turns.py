@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_reroute.kv_cache.request_ends import RequestEnds
+from vllm_reroute.kv_cache.offered_ends import OfferedEnds
 
 from .kv_engine import PAGES, SCHEDULE, Engine, Picture, Text, ask
 
@@ -90,7 +90,7 @@ def test_hits(name, finished):
 
 
 def test_an_end_is_remembered_for_as_many_blocks_as_there_are():
-    ends = RequestEnds(16, most=2)
+    ends = OfferedEnds(16, most=2)
     one, two, three = (ask(name, Text(name, 40)) for name in ("one", "two", "three"))
     for request in (one, two, three):
         ends.add(request, 35)
@@ -99,6 +99,18 @@ def test_an_end_is_remembered_for_as_many_blocks_as_there_are():
     assert [*ends.between(two, 0, 40)] == [*ends.between(three, 0, 40)] == [38, 35]
     assert [*ends.between(three, 35, 40)] == [*ends.between(three, 36, 39)] == [38]
     assert [*ends.between(three, 0, 37)] == [35]
+
+
+def test_who_ends_inside_a_turn_leaves_no_part_of_it():
+    engine = Engine(KEEPS)
+    request = ask("first", *FIRST)
+    engine.prefill(request, 90)
+    engine.finish(request)
+    assert [*engine.kept._ends.between(request, 0, 102)] == []
+    request = ask("second", *FIRST)
+    engine.turns(request)
+    engine.finish(request)
+    assert [*engine.kept._ends.between(request, 0, 102)] == [102]
 
 
 def test_a_block_in_which_a_hit_ends_is_copied():

@@ -11,11 +11,10 @@ from vllm.v1.request import Request
 
 from vllm_reroute.kv_cache.interleaving import LayerBlocks
 from vllm_reroute.kv_cache.live_routing import LiveRouting
-from vllm_reroute.kv_cache.request_ends import RequestEnds
+from vllm_reroute.kv_cache.offered_ends import OfferedEnds
 from vllm_reroute.kv_cache.stage_manager import StageManager
 from vllm_reroute.kv_cache.turn_keys import TurnKeys
 from vllm_reroute.plan.request_routing import RequestRouting
-from vllm_reroute.plan.turns import Turns
 
 
 class KeptTurns:
@@ -36,7 +35,7 @@ class KeptTurns:
         managers = manager.coordinator.single_type_managers
         self._num_groups = len(managers)
         self._stages = [m for m in managers if isinstance(m, StageManager)]
-        self._ends = RequestEnds(live.block_size, most=manager.block_pool.num_gpu_blocks)
+        self._ends = OfferedEnds(live.block_size, most=manager.block_pool.num_gpu_blocks)
         self._keys: WeakKeyDictionary[Request, TurnKeys] = WeakKeyDictionary()
         self._next: dict[str, float] = {}
         """Token count at which a request has more to offer; infinite for those that keep nothing."""
@@ -59,8 +58,8 @@ class KeptTurns:
         hit = turns.allowed(hit)
         chosen = self._up_to(hit, keys, found)
         assert chosen is not None
-        for end in self._ends_behind(hit, most, request, turns):
-            at_end = self._up_to(end, keys, found)
+        for end in self._ends.between(request, hit, most):
+            at_end = self._up_to(end, keys, found) if turns.allowed(end) == end else None
             if at_end is not None:
                 hit, chosen = end, at_end
                 break
@@ -96,18 +95,10 @@ class KeptTurns:
             return
         if routing.turns.allowed(num_tokens) == num_tokens:
             self._offer_part(num_tokens, self._keys_of(request, routing))
-            self._ends.add(request, num_tokens)
 
     def forget(self, request: Request) -> None:
         """Its blocks are gone: it has been preempted, or is done."""
         self._next.pop(request.request_id, None)
-
-    def _ends_behind(self, hit: int, most: int, request: Request, turns: Turns) -> list[int]:
-        """Token counts behind a hit at which part-filled blocks may have been offered, largest first."""
-        of_requests = self._ends.between(request, hit, most)
-        of_turns = (turn.end for turn in turns.turns if hit < turn.end <= most)
-        ends = {*of_turns, *(end for end in of_requests if turns.allowed(end) == end)}
-        return sorted(ends, reverse=True)
 
     def _keys_of(self, request: Request, routing: RequestRouting) -> TurnKeys:
         if request not in self._keys:
@@ -160,6 +151,7 @@ class KeptTurns:
         manager.num_cached_block[request_id] = index
 
     def _offer_part(self, num_tokens: int, keys: TurnKeys) -> None:
+        self._ends.add(keys.request, num_tokens)
         for manager in self._stages:
             length = keys.routing.kv_length(manager.stage, num_tokens)
             index, rest = divmod(length, self.live.block_size)

@@ -1,4 +1,4 @@
-"""Where requests have ended inside a block, so that the next turn of a conversation finds all of an answer."""
+"""Where turns and requests have ended inside a block, so that the next turn of a conversation finds all of this one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from vllm.v1.request import Request
 
 
-class RequestEnds:
-    """Token counts at which requests ended, by the hash of the whole blocks before.
+class OfferedEnds:
+    """Token counts at which begun blocks were offered, by the hash of the whole blocks before.
 
     They only say which keys are worth a look: whether the blocks are still there, and hold the same
     tokens, the keys tell. So old ones may go, or stay too long.
@@ -23,7 +23,7 @@ class RequestEnds:
         self._ends: OrderedDict[Any, set[int]] = OrderedDict()
 
     def add(self, request: Request, num_tokens: int) -> None:
-        """The request ended with the K/V of `num_tokens` tokens."""
+        """What the request's first `num_tokens` tokens have begun is offered."""
         blocks = num_tokens // self.block_size
         before = self._before(request, blocks)
         self._ends.setdefault(before, set()).add(num_tokens)
@@ -34,7 +34,10 @@ class RequestEnds:
     def between(self, request: Request, low: int, high: int) -> Iterator[int]:
         """Ends behind the request's own blocks, from the largest down: `low` < end <= `high`."""
         for blocks in range(high // self.block_size, low // self.block_size - 1, -1):
-            ends = self._ends.get(self._before(request, blocks), ())
+            before = self._before(request, blocks)
+            ends = self._ends.get(before, ())
+            if ends:
+                self._ends.move_to_end(before)
             yield from sorted((end for end in ends if low < end <= high), reverse=True)
 
     def _before(self, request: Request, blocks: int) -> Any:
