@@ -64,7 +64,9 @@ class ParkedManager(LayeredManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         request = self.live.requests.get(request_id)
-        computed = max(request.num_computed_tokens, self._found.get(request_id, 0)) if request else 0
+        computed = (
+            max(request.num_computed_tokens, self._found.get(request_id, 0)) if request else 0
+        )
         first, end = self._entries(request_id, computed, num_tokens)
         before = len(self.req_to_blocks.get(request_id, ()))
         if end <= max(first, before):
@@ -123,8 +125,8 @@ class ParkedManager(LayeredManager):
     ) -> tuple[int, int]:
         """Table entries [first, end) that hold pages once `num_tokens` tokens have run.
 
-        num_computed: those that have run already. in_one_step: whether all that is missing runs in one step; else whole turns may have to wait
-        in pages, one after the other.
+        num_computed: those that have run already. in_one_step: whether all that is missing runs in
+        one step; else whole turns may have to wait in pages, one after the other.
         """
         routing = self.live.of_id(request_id)
         if routing is None:

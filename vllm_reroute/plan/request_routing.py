@@ -26,8 +26,9 @@ class RequestRouting:
 
     spans: its visual tokens. prompt: its token ids. turns: what is ranked together, and by which
     token; a single one that ends with the prompt, unless its history keeps its choice; the first
-    begins with the text prefix. keep: ratios per decision layer. text_prefix: prompt tokens before the block that holds the first visual one;
-    they run like text and are cached like text, in all stages.
+    begins with the text prefix. keep: ratios per decision layer. text_prefix: prompt tokens before
+    the block that holds the first visual one; they run like text and are cached like text, in all
+    stages.
     dense_stages: stages before the first decision, 1 or 0: they run every token.
     keeps_turns: whether what finished turns have kept stays, see `Turns`.
     explain: what it wants to be told of its decisions, see `Explain`.
