@@ -18,7 +18,12 @@ from vllm.v1.attention.backend import (
     subclass_attention_backend_with_overrides,
 )
 
-from vllm_reroute.attention.metadata import StageMetadata, compact_common, placed_common
+from vllm_reroute.attention.metadata import (
+    StageMetadata,
+    compact_common,
+    placed_common,
+    undivided_common,
+)
 from vllm_reroute.attention.step import RoutedStep, real_step
 from vllm_reroute.kv_cache.spec import StageSpec
 from vllm_reroute.plan.row_pieces import row_pieces
@@ -101,7 +106,7 @@ def _stage_builder(underlying: type[AttentionBackend]) -> type:
             *,
             step: RoutedStep | None = None,
         ) -> StageMetadata:
-            step = real_step(step or self.step)
+            step = real_step(step or self.step, common_attn_metadata)
             if step.plan is None:
                 return self.build_for_cudagraph_capture(common_attn_metadata)
             if step.plan.boundary is None:
@@ -142,9 +147,11 @@ def _stage_builder(underlying: type[AttentionBackend]) -> type:
             assert plan is not None, "a dummy run has no stages"
             first = plan.like_stage[self.stage] if self._shares else self.stage
             if first not in step.built:
-                lengths = plan.stages[self.stage]
-                compact = compact_common(common, views, lengths, num_tokens)
-                step.built[first] = super().build(0, compact)
+                if plan.boundary is None:
+                    seen = undivided_common(common, views, plan.seq_lens[self.stage])
+                else:
+                    seen = compact_common(common, views, plan.stages[self.stage], num_tokens)
+                step.built[first] = super().build(0, seen)
             return StageMetadata(plan, step.built[first], views)
 
         def _views(self, common: CommonAttentionMetadata, num_tokens: int) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -58,6 +58,20 @@ def reading(metadata: StageMetadata, layer_names: tuple[str, ...]) -> Iterator[N
         yield
 
 
+def undivided_common(
+    common: CommonAttentionMetadata, views: StageViews, seq_lens: np.ndarray
+) -> CommonAttentionMetadata:
+    """The runner's metadata, as a stage sees a step in which every stage runs the same tokens.
+
+    seq_lens: [requests], of the batch without padding.
+    """
+    seen = placed_common(common, views)
+    padding = len(views.seq_lens) - len(seq_lens)
+    seen.seq_lens_cpu_upper_bound = _padded(seq_lens, padding, 0)
+    seen.max_seq_len = int(seq_lens.max())
+    return seen
+
+
 def compact_common(
     common: CommonAttentionMetadata, views: StageViews, lengths: StageLengths, num_tokens: int
 ) -> CommonAttentionMetadata:
@@ -73,18 +87,21 @@ def compact_common(
     compact.num_actual_tokens = num_tokens
     compact.max_query_len = int(lengths.query_lens.max())
     compact.max_seq_len = int(lengths.seq_lens.max())
-    compact.positions = None
-    compact._num_computed_tokens_cache = None
-    compact._token_to_req_indices_cache = None
     return compact
 
 
 def placed_common(common: CommonAttentionMetadata, views: StageViews) -> CommonAttentionMetadata:
     """A copy that reads a stage's tables, the first layer's blocks and slots among them."""
-    placed = copy(common)
+    # As `copy` does, but several times as fast.
+    placed = object.__new__(type(common))
+    vars(placed).update(vars(common))
     placed.seq_lens, placed.query_start_loc = views.seq_lens, views.query_start_loc
     placed.block_table_tensor = views.block_tables[0]
     placed.slot_mapping = views.slot_mappings[0]
+    # Of the prompt, and worked out from lengths that the stage may not have.
+    placed.positions = None
+    placed._num_computed_tokens_cache = None
+    placed._token_to_req_indices_cache = None
     return placed
 
 
