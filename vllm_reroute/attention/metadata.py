@@ -16,12 +16,13 @@ from vllm_reroute.attention.step_tables import StageViews
 from vllm_reroute.plan.step_plan import StageLengths, StepPlan
 
 
-@dataclass(frozen=True)
+@dataclass
 class StageMetadata:
     """What the attention layers of one stage read.
 
     plan: the step's plan; None in a dummy run, where nothing is routed. shared: the backend's own
-    metadata, None where nobody runs. views: block tables and slots, per layer.
+    metadata, None where nobody runs. views: block tables and slots, per layer. The next step of the same
+    size may put its own plan and metadata here.
     pieces: the stage's rows in pieces, where they are more than a step may hold; the layers then
     read the metadata of the piece that runs. With each come its rows [n] among the stage's.
     """
@@ -73,18 +74,18 @@ def undivided_common(
 
 
 def compact_common(
-    common: CommonAttentionMetadata, views: StageViews, lengths: StageLengths, num_tokens: int
+    common: CommonAttentionMetadata, views: StageViews, lengths: StageLengths
 ) -> CommonAttentionMetadata:
-    """The runner's metadata, as a stage sees the step.
+    """The runner's metadata, as a stage sees a step in which it runs rows of its own.
 
-    lengths: of the batch without padding. num_tokens: rows the stage runs, padding included.
+    lengths: of the batch without padding.
     """
     compact = placed_common(common, views)
     padding = len(views.seq_lens) - len(lengths.seq_lens)
     compact.num_reqs = len(views.seq_lens)
     compact.seq_lens_cpu_upper_bound = _padded(lengths.seq_lens, padding, 0)
     compact.query_start_loc_cpu = _padded(lengths.query_start_loc, padding, lengths.num_tokens)
-    compact.num_actual_tokens = num_tokens
+    compact.num_actual_tokens = lengths.num_tokens
     compact.max_query_len = int(lengths.query_lens.max())
     compact.max_seq_len = int(lengths.seq_lens.max())
     return compact

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from vllm_reroute.attention.step_kernel import KernelFill
 
 
+_MOST_VIEWS = 32
+"""Sizes that are remembered: steps of the same sizes come again."""
+
+
 @dataclass(frozen=True)
 class StageViews:
     """The rows of the tables that one stage uses in a step; block tables and slots per layer.
@@ -172,7 +176,7 @@ class StepTables:
                 )
             )
         self._latest: list[tuple[tuple[int, int], StageViews] | None] = [None] * stages
-        self._rows_of: tuple[int, tuple[tuple[torch.Tensor, ...], ...]] | None = None
+        self._views_of: dict[tuple[str, int], tuple[torch.Tensor, ...]] = {}
         self.kernel: KernelFill | None = None
         if device.type == "cuda":
             from vllm_reroute.attention.step_kernel import KernelFill
@@ -227,26 +231,22 @@ class StepTables:
         latest = self._latest[stage]
         if latest is None or latest[0] != (num_reqs, num_tokens):
             layers = self._layers(stage)
-            seq_lens, starts, blocks = self._rows_of_requests(num_reqs)
             views = StageViews(
-                seq_lens[stage],
-                starts[stage],
-                blocks[layers],
-                self.slot_mappings[layers, :num_tokens].unbind(),
+                self._cut("seq_lens", num_reqs)[stage],
+                self._cut("query_start_loc", num_reqs + 1)[stage],
+                self._cut("block_tables", num_reqs)[layers],
+                self._cut("slot_mappings", num_tokens)[layers],
             )
             latest = self._latest[stage] = (num_reqs, num_tokens), views
         return latest[1]
 
-    def _rows_of_requests(self, num_reqs: int) -> tuple[tuple[torch.Tensor, ...], ...]:
-        """Lengths and query starts of all stages, block tables of all layers: views made at once."""
-        if self._rows_of is None or self._rows_of[0] != num_reqs:
-            rows = (
-                self.seq_lens[:, :num_reqs].unbind(),
-                self.query_start_loc[:, : num_reqs + 1].unbind(),
-                self.block_tables[:, :num_reqs].unbind(),
-            )
-            self._rows_of = num_reqs, rows
-        return self._rows_of[1]
+    def _cut(self, table: str, size: int) -> tuple[torch.Tensor, ...]:
+        """A table cut to `size` requests or tokens, a view for each stage or layer, all made at once."""
+        if (table, size) not in self._views_of:
+            if len(self._views_of) >= _MOST_VIEWS:
+                self._views_of.clear()
+            self._views_of[table, size] = getattr(self, table)[:, :size].unbind()
+        return self._views_of[table, size]
 
     def piece_views(self, stage: int, lengths: StageLengths) -> StageViews:
         """Views of a piece of the stage's rows, with lengths and slots of their own."""

@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_reroute.attention.metadata import StageMetadata
 from vllm_reroute.attention.step import RoutedStep
-from vllm_reroute.kv_cache.spec import LayeredSpec, ParkedSpec
+from vllm_reroute.kv_cache.spec import LayeredSpec, StageSpec
 
 if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.utils import AttentionGroup
+
+    from vllm_reroute.plan.step_plan import StepPlan
 
 
 class GroupBuilders:
@@ -36,16 +40,22 @@ class GroupBuilders:
         assert all(isinstance(spec, LayeredSpec) for spec in specs), "all groups are routed ones"
         self.first = replace(kv_cache_config, kv_cache_groups=groups[:1])
         self.of_first: list[Any] = [group.get_metadata_builder() for group in attn_groups[0]]
-        self._others: list[tuple[int | None, Any, list[str]]] = [
-            (
-                number if isinstance(spec, ParkedSpec) else None,
-                group.get_metadata_builder(),
-                group.layer_names,
-            )
-            for number, (spec, of_group) in enumerate(zip(specs, attn_groups, strict=True))
+        others = [
+            (number, group.get_metadata_builder(), group.layer_names)
+            for number, of_group in enumerate(attn_groups)
             for group in of_group
             if number
         ]
+        self._stages: list[tuple[Any, list[str]]] = []
+        self._parked: list[tuple[int, Any, list[str]]] = []
+        for number, builder, names in others:
+            if isinstance(specs[number], StageSpec):
+                self._stages.append((builder, names))
+            else:
+                self._parked.append((number, builder, names))
+        self._size: tuple[int, int] | None = None
+        self._made: list[tuple[Any, StageMetadata]] = []
+        self._by_layer: dict[str, StageMetadata | None] = {}
 
     def complete(
         self,
@@ -60,9 +70,29 @@ class GroupBuilders:
         """
         common, plan = step.common, step.plan
         assert common is not None and plan is not None, "the first group's builder has been asked"
-        for group, builder, names in self._others:
-            own = common
-            if group is not None and plan.boundary is not None:
-                own = copy(common)
-                own.block_table_tensor = table_of(group)
+        if plan.boundary is None:
+            metadata.update(self._undivided(step, plan, common))
+            return
+        for builder, names in self._stages:
+            metadata.update(dict.fromkeys(names, builder.build(0, common, step=step)))
+        for group, builder, names in self._parked:
+            own = copy(common)
+            own.block_table_tensor = table_of(group)
             metadata.update(dict.fromkeys(names, builder.build(0, own, step=step)))
+
+    def _undivided(
+        self, step: RoutedStep, plan: StepPlan, common: CommonAttentionMetadata
+    ) -> dict[str, StageMetadata | None]:
+        """Where every stage runs the same tokens: made once per size, since then only the plan and what
+        backends make of lengths change."""
+        size = common.num_reqs, common.num_actual_tokens
+        if self._size != size:
+            self._size, self._made = size, []
+            self._by_layer = {name: None for *_, names in self._parked for name in names}
+            for builder, names in self._stages:
+                own = StageMetadata(plan, None, builder.views(common, common.num_actual_tokens))
+                self._made.append((builder, own))
+                self._by_layer.update(dict.fromkeys(names, own))
+        for builder, own in self._made:
+            own.plan, own.shared = plan, builder.shared(step, plan, common, own.views)
+        return self._by_layer

@@ -46,8 +46,8 @@ DEVICE = (
     Mutant(
         name="parked-pages-of-the-first-group",
         file="vllm_reroute/runners/group_builders.py",
-        old="            if group is not None and plan.boundary is not None:\n",
-        new="            if group is None and plan.boundary is not None:\n",
+        old="own.block_table_tensor = table_of(group)",
+        new="own.block_table_tensor = table_of(0)",
         killers=(
             "tests/unit/test_runners.py::test_what_vllm_does_not_build_is_what_each_builder_makes_of_its_group",
         ),
