@@ -36,13 +36,13 @@ class RoutedWorker(_Stock):
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """At start, once K/V pages are there. The V2 runner runs steps of its own then, and warms up in them."""
-        times = super().compile_or_warm_up_model()
         if not self.vllm_config.use_v2_model_runner:
             # Here, since front ends load this module, too.
             from vllm_reroute.runners.warm_up import WarmUp
 
+            # First: vLLM then captures graphs, resets the seed and begins to watch for late compilation.
             WarmUp.of_runner(self.model_runner).run()
-        return times
+        return super().compile_or_warm_up_model()
 
     def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         output = super().sample_tokens(grammar_output)
