@@ -210,7 +210,7 @@ class PromptRows:
             if len(past_end)
             else None,
             in_step=in_step or Memory(),
-            _first={kept: first},
+            _first={kept: first} if len(first) else {},
         )
 
 
