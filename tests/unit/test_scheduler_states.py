@@ -143,7 +143,7 @@ class Traffic(RuleBasedStateMachine):
                 tokens += [0] * pictures[-1].mm_position.length
                 tokens += self._question(chance) if chance.random() < 0.5 else []
             # The last token must be text, but a placeholder may end with it.
-            ends = bool(pictures) and pictures[-1].identifier == "c" and chance.random() < 0.5
+            ends = bool(pictures) and pictures[-1].identifier[0] == "c" and chance.random() < 0.5
             tokens += self._words(chance, 0 if ends else chance.randint(1, 20)) + self.marker
             self._add(chance, tokens, pictures)
 
