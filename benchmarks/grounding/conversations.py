@@ -66,13 +66,14 @@ class Topic:
     """What "it" means now: nothing if there is no thing.
 
     known: what of it was said or asked for, None where its label and place may not be asked for. sides: directions
-    that were asked about. seen: places that questions about this picture were about.
+    that were asked about. seen, texts: places that questions about this picture were about, and their words.
     """
 
     thing: Thing | None = None
     known: frozenset[str] | None = None
     sides: frozenset[str] = frozenset()
     seen: frozenset[Place] = frozenset()
+    texts: frozenset[str] = frozenset()
 
 
 def conversations(split: str, count: int) -> Iterator[Conversation]:
@@ -133,7 +134,9 @@ def _turn(
     for _ in range(TRIES):
         wanted = question or list(KINDS)[int(rng.integers(len(KINDS)))]
         asked = ask(scene, wanted, rng)
-        if asked and not topic.seen & {*asked.subject, *asked.target}:
+        if asked is None or asked.text in topic.texts:
+            continue
+        if not topic.seen & {*asked.subject, *asked.target}:
             return wanted, asked
     return None
 
@@ -172,15 +175,22 @@ def _beside_it(scene: Scene, topic: Topic, rng: np.random.Generator) -> Asked:
 
 def _next_topic(scene: Scene, kind: str, question: str, asked: Asked, topic: Topic) -> Topic:
     """What "it" means after that question."""
-    seen = topic.seen | {*asked.subject, *asked.target}
+    topic = replace(
+        topic,
+        seen=topic.seen | {*asked.subject, *asked.target},
+        texts=topic.texts | {asked.text},
+    )
     if kind == SAME:
-        return replace(topic, known=frozenset({"place", "label"}), seen=seen)
+        return replace(topic, known=frozenset({"place", "label"}))
     if kind == BESIDE_IT:
         side = asked.text.removeprefix("What is ").removesuffix(" it?")
-        return replace(topic, known=None, sides=topic.sides | {side}, seen=seen)
+        return replace(topic, known=None, sides=topic.sides | {side})
     if question not in NAMING:
-        return Topic(seen=seen)
-    thing = scene.thing_at(*asked.subject[0])
+        return replace(topic, thing=None, known=None, sides=frozenset())
     side = asked.text.partition("What is ")[2].partition(" the ")[0]
-    sides = frozenset({side} if question == "beside" else ())
-    return Topic(thing, NAMING[question], sides, seen)
+    return replace(
+        topic,
+        thing=scene.thing_at(*asked.subject[0]),
+        known=NAMING[question],
+        sides=frozenset({side} if question == "beside" else ()),
+    )

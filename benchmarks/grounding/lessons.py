@@ -109,7 +109,9 @@ def _questions(
     for first in range(len(scenes)):
         second = (first + 1) % len(scenes)
         rng = np.random.default_rng([scenes[first].seed, 3])
-        talks = [list(_two_pictures(scenes[first], scenes[second], rng))] if two_pictures else []
+        talks: list[Sequence[Turn]] = []
+        if two_pictures:
+            talks.append(_two_pictures(scenes[first], scenes[second], rng))
         while sum(map(len, talks)) < number * length // SHORTEST:
             talks.append(_about(scenes[first], lesson, rng))
         words = [exchanges(talk, len(attributes[first])) for talk in talks]
