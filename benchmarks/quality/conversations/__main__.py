@@ -85,7 +85,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="ask nothing, write the report of what is in --out to benchmarks/results/conversations",
     )  # fmt: skip
     parser.add_argument(
-        "--concurrency", type=int, default=32, help="conversations held at once (default: 32)"
+        "--concurrency", type=int, default=64, help="conversations held at once (default: 64)"
     )
     parser.add_argument("--dtype", default="float32", help="of the servers (default: float32)")
     parser.add_argument(
