@@ -26,15 +26,13 @@ MILD: dict[str, Any] = {"layers": [2, 5], "keep": [0.75, 0.75]}
 SCHEDULE = RerouteOptions.from_mapping(OPTIONS).resolve(8)
 
 
-def test_tensor_parallel_agrees_with_oracle(models: Any, oracles: OracleAnswers) -> None:
-    """Two ranks choose alike, and one of them says what, through the processes between."""
-    host = EngineHost({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
-    try:
-        host.engine(**engine_args(models["grouped"], OPTIONS, tensor_parallel_size=2))
-        for ask, answer in zip(MIXED, host.call(generate, MIXED), strict=True):
-            oracles.check("grouped", SCHEDULE, ask, answer)
-    finally:
-        host.close()
+def test_tensor_parallel_agrees_with_oracle(
+    v1: EngineHost, models: Any, oracles: OracleAnswers
+) -> None:
+    """Two ranks, each a process, choose alike, and one of them says what."""
+    v1.engine(**engine_args(models["grouped"], OPTIONS, tensor_parallel_size=2))
+    for ask, answer in zip(MIXED, v1.call(generate, MIXED), strict=True):
+        oracles.check("grouped", SCHEDULE, ask, answer)
 
 
 def errors(

@@ -144,7 +144,8 @@ def test_a_small_pool_evicts_and_preempts(
         **small(models, OPTIONS, kv_cache_memory_bytes=260 * block_bytes, max_model_len=480)
     )
     before = host.call(free_blocks)
-    for every in (1, 3):
+    # V2 takes ten times as long.
+    for every in (1, 3) if host.call(runner_name) == "V1" else (1,):
         seen = host.call(stepwise, long, every=every)
         assert seen["preempted"] >= 2
         check_seen(oracles, OPTIONS, long, seen)

@@ -83,7 +83,7 @@ def test_the_engine_core_refuses_for_itself(engine: EngineHost) -> None:
 
 
 async def _through_async_llm(args: dict[str, Any]) -> dict[str, Any]:
-    """Refusals, a request past the front end, and a good one, in an engine of several processes."""
+    """Refusals, a request past the front end, and a good one, in an engine of two processes."""
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
@@ -132,14 +132,8 @@ async def _through_async_llm(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_async_llm(llm: Any, args: dict[str, Any]) -> dict[str, Any]:
-    """Beside the process's own engine, which is not used."""
-    import os
-
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    try:
-        return asyncio.run(_through_async_llm(args))
-    finally:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    """Beside the process's own engine, which is not used; its engine core has a process in any case."""
+    return asyncio.run(_through_async_llm(args))
 
 
 def test_async_llm(engine: EngineHost, models: dict[str, Path], oracles: OracleAnswers) -> None:

@@ -97,7 +97,7 @@ def test_reloads(host: EngineHost, checkpoints: dict[str, Path], answers: Oracle
         check(host, answers, name)
     host.call(reload_some, checkpoints["first"], ONE_LAYER)
     check(host, answers, "first")
-    host.close()
+    host.forget()
 
 
 def test_dummy_weights_are_scored_with_too(v1: EngineHost, checkpoints: dict[str, Path]) -> None:

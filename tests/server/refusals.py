@@ -18,10 +18,12 @@ from benchmarks.photos import PHOTOS
 MODEL_NAME = "tiny"
 STEP_TOKENS = 600
 TIMEOUT_S = 120
-# Nothing after the image, and no generation prompt.
+# Nothing after the image, and no generation prompt. What stands for it, in LLaVA and in Qwen-VL, whose tokenizer has no
+# first token.
 IMAGE_ONLY_TEMPLATE = (
-    "{% for m in messages %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}"
+    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "{{ '<image>' if bos_token else '<|vision_start|><|image_pad|>' }}"
+    "{% endif %}{% endfor %}{% endfor %}"
 )
 _NUMBERS = count()
 

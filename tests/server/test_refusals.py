@@ -1,4 +1,8 @@
-"""Refusals, the same in every process that takes requests, and whole answers beside them."""
+"""Refusals, the same in every process that takes requests, and whole answers beside them.
+
+A server's start is what costs, so two families are served here: LLaVA-1.5, and Qwen2.5-VL with another chat template,
+three position components, and images of several sizes.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import openai
 import pytest
 
 from benchmarks.local_model import TINY, build_local_model
+from benchmarks.local_models import build_family
 from benchmarks.local_server import ENVIRONMENT, LocalServer, vllm_command
 from tests.server.chat import check_concurrent_answers
 from tests.server.refusals import (
@@ -26,27 +31,34 @@ from tests.server.refusals import (
     new_picture,
 )
 
+LLAVA, QWEN = "llava-1.5", "qwen2.5-vl"
+# Of both.
+DEPTH = 8
+
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_local_model(
-        tmp_path_factory.mktemp("refusing") / "tiny-llava", replace(TINY, image_size=112)
-    )
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("refusing")
+    return {
+        LLAVA: build_local_model(root / "tiny-llava", replace(TINY, image_size=112)),
+        QWEN: build_family(root / QWEN, QWEN),
+    }
 
 
 # Every refusal where one process takes requests, some of each kind where there are several: for two
-# ranks vLLM starts two API servers.
+# data-parallel ranks vLLM starts two API servers.
 PROCESSES = {
-    "data-parallel-two": (["--data-parallel-size", "2"], SOME),
-    "tensor-parallel-two": (["--tensor-parallel-size", "2"], tuple(REFUSED)),
+    "data-parallel-two": (LLAVA, ["--data-parallel-size", "2"], SOME),
+    "tensor-parallel-two": (QWEN, ["--tensor-parallel-size", "2"], tuple(REFUSED)),
 }
 
 
-@pytest.mark.parametrize(("words", "names"), PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize(("family", "words", "names"), PROCESSES.values(), ids=PROCESSES)
 def test_refused_alike_and_answered_right(
-    model: Path, words: list[str], names: tuple[str, ...]
+    folders: dict[str, Path], family: str, words: list[str], names: tuple[str, ...]
 ) -> None:
     """Whatever processes there are, spawned ones too."""
+    model = folders[family]
     words = [*SERVER_WORDS, "--trust-request-chat-template", *words]
     with LocalServer("test-refusals", model, words, start_limit_s=400) as server:
         # Each rank is asked, by whichever API server accepts a connection.
@@ -57,11 +69,11 @@ def test_refused_alike_and_answered_right(
             check_refusals(server.url, names)
         check_refusals_at_once(server.url)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
-        check_concurrent_answers(client, model, TINY.text_layers)
+        check_concurrent_answers(client, model, DEPTH)
         assert server.metric("vllm:num_requests_waiting") == 0
 
 
-def test_a_batch_file_is_answered_line_by_line(model: Path, tmp_path: Path) -> None:
+def test_a_batch_file_is_answered_line_by_line(folders: dict[str, Path], tmp_path: Path) -> None:
     """`vllm run-batch`: a refused line costs no other line anything."""
     lines, expected = [], {}
     for name, refused, stream in cases():
@@ -78,7 +90,7 @@ def test_a_batch_file_is_answered_line_by_line(model: Path, tmp_path: Path) -> N
     assert len(lines) == 6
     (tmp_path / "in.jsonl").write_text("\n".join(lines), encoding="utf-8")
     command = [str(vllm_command()), "run-batch", "-i", str(tmp_path / "in.jsonl")]
-    command += ["-o", str(tmp_path / "out.jsonl"), "--model", str(model), *SERVER_WORDS]
+    command += ["-o", str(tmp_path / "out.jsonl"), "--model", str(folders[LLAVA]), *SERVER_WORDS]
     done = subprocess.run(
         command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=400
     )

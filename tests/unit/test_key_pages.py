@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
 
 from vllm_reroute.attention import key_pages
-from vllm_reroute.attention.key_pages import read_keys, write_keys
+from vllm_reroute.attention.key_pages import KeyPlaces, read_keys, write_keys
 from vllm_reroute.attention.step_tables import StepTables
 from vllm_reroute.plan.step_plan import Places
 
@@ -75,6 +75,10 @@ def everywhere(size):
     return request, place
 
 
+def at(layer, request, place):
+    return KeyPlaces.of(layer, layer.tables.entries_of(Places(request, place)))
+
+
 def values(count, heads, dim, dtype):
     return torch.randn(count, heads, dim).to(dtype), torch.randn(count, heads, dim).to(dtype)
 
@@ -89,14 +93,15 @@ def check(layer):
         layer, keys, others, layer.kv_cache, layer.slots((request, place))
     )
     some = np.random.default_rng(0).permutation(len(request))[:50]
-    places = Places(request[some], place[some])
-    assert torch.equal(read_keys(layer, places), keys[some])
+    assert torch.equal(read_keys(layer, at(layer, request[some], place[some])), keys[some])
 
     new, _ = values(len(some), heads, dim, dtype)
-    write_keys(layer, new, places)
+    written, others = at(layer, np.append(request[some], 0), np.append(place[some], 0)).split(50)
+    assert len(others.blocks) == len(others.offsets) == 1
+    write_keys(layer, new, written)
     keys[some] = new
-    assert torch.equal(read_keys(layer, Places(request, place)), keys)
-    assert read_keys(layer, Places(request[:0], place[:0])).shape == (0, heads, dim)
+    assert torch.equal(read_keys(layer, at(layer, request, place)), keys)
+    assert read_keys(layer, at(layer, request[:0], place[:0])).shape == (0, heads, dim)
 
 
 @pytest.fixture(autouse=True)
@@ -161,4 +166,4 @@ def test_what_is_no_permutation_is_noticed():
 
     layer = Layer(Rounding(), torch.zeros(NUM_BLOCKS, 2, 32, 128))
     with pytest.raises(AssertionError, match="not a permutation"):
-        read_keys(layer, Places(*everywhere(32)))
+        read_keys(layer, at(layer, *everywhere(32)))

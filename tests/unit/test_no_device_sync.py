@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from vllm_reroute.attention.key_pages import read_keys
+from vllm_reroute.attention.key_pages import KeyPlaces, read_keys
 from vllm_reroute.attention.metadata import StageMetadata
 from vllm_reroute.attention.parked import PagePlaces, ParkedExchange, ParkedStates
 from vllm_reroute.attention.step_kernel import KernelFill
@@ -113,7 +113,9 @@ class Decoder:
             index = at - schedule.stages[stage].first_layer
             scored = layer(routed._names[at], self.tables, stage, index)
             # The one look at a layout, which does wait, comes before.
-            read_keys(scored.self_attn.attn, Places(*np.zeros((2, 1), dtype=np.int64)))
+            attention = scored.self_attn.attn
+            entries = self.tables.entries_of(Places(*np.zeros((2, 1), dtype=np.int64)))
+            read_keys(attention, KeyPlaces.of(attention, entries))
             place = ScoringLayer(number=at, layer=scored, rule=rule, most_rows=64)
             routed._scorers[at] = SCORERS[schedule.scorer](place)
         buffer = DeferredTokenBuffer(128, HIDDEN, torch.float32, CPU)

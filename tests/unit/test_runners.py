@@ -12,6 +12,7 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.sampling_params import SamplingParams
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
@@ -24,6 +25,7 @@ from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.runners.v1 import planned_step
 from vllm_reroute.runners.v1_hook import MODEL_RUNNER_V1
 from vllm_reroute.runners.v2 import RoutedAttnMetadata, RoutedModelState
+from vllm_reroute.runners.worker import routed_worker
 
 from .parts import feature
 from .routed_model import CPU, Conversation, Conversations, plan_in, runner_of
@@ -122,6 +124,7 @@ def runner_table(blocks, block_size):
     table = BlockTable(block_size, *blocks.shape, 512, False, CPU, 1)
     for row, own in enumerate(blocks):
         table.add_row(own[own > 0].tolist(), row)
+    table.commit_block_table(len(blocks))
     return table
 
 
@@ -156,24 +159,79 @@ class Batch:
         return planned_step(self.runner, num_scheduled_tokens=scheduled, **sizes)
 
 
-def test_v1_sets_one_step_on_all_builders_and_takes_it_back(model, run):
+def test_v1_tells_the_first_group_s_builder_of_the_step_and_takes_it_back(model, run):
     batch = Batch(model, run, [0, 3])
     with batch.planned({"text": 1, "image": NUM_PROMPT}):
-        steps = [builder.step for builder in model.builders]
-        assert all(step is steps[0] for step in steps) and len(steps) == 4
-        assert steps[0].plan.stages[0].query_lens.tolist() == [NUM_PROMPT, 1]
-        assert steps[0].plan.stages[1].seq_lens.tolist() == [NUM_PROMPT - 10, 4]
+        (step, *others) = [builder.step for builder in model.builders]
+        assert others == [None] * 3, "vLLM does not ask them"
+        assert (
+            batch.runner.kv_cache_config.kv_cache_groups
+            == model.kv_cache_config.kv_cache_groups[:1]
+        )
+        assert step.plan.stages[0].query_lens.tolist() == [NUM_PROMPT, 1]
+        assert step.plan.stages[1].seq_lens.tolist() == [NUM_PROMPT - 10, 4]
         assert model.decoder.tables.seq_lens[2, :2].tolist() == [NUM_PROMPT - 15, 4]
     assert [builder.step for builder in model.builders] == [None] * 4
+    assert batch.runner.kv_cache_config is model.kv_cache_config
     with pytest.raises(KeyError, match="lost"), batch.planned({"text": 1, "image": 5}):
         raise KeyError("lost")
     assert [builder.step for builder in model.builders] == [None] * 4
+    assert batch.runner.kv_cache_config is model.kv_cache_config
+
+
+@pytest.mark.parametrize(
+    "computed,scheduled",
+    [([0, 3], [NUM_PROMPT, 1]), ([50, 3], [10, 1]), ([50, 3], [30, 1]), ([NUM_PROMPT, 3], [1, 1])],
+    ids=["at once", "waits", "last chunk", "decode"],
+)
+def test_what_vllm_does_not_build_is_what_each_builder_makes_of_its_group(
+    model, run, computed, scheduled
+):
+    """By the first group's metadata alone, with each group's own table where one is read."""
+    batch = Batch(model, run, computed)
+    for request, ran in zip(run.requests, computed, strict=True):
+        request.computed = ran
+    common = run.common([0, 1], scheduled)
+    step = run.plan([0, 1], scheduled)
+    expect = model.metadata(common, step)
+    with batch.planned(dict(zip(("image", "text"), scheduled, strict=True))) as complete:
+        first = model.builders[0].build(0, common[0])
+        metadata = dict.fromkeys(model.layers_of[0], first)
+        complete(metadata)
+    assert set(metadata) == set(expect)
+    for name, own in expect.items():
+        found = metadata[name]
+        if name == model.parked.layer_name:
+            assert described(found) == described(own)
+        else:
+            assert found.plan is first.plan and found.views is own.views
+            assert (found.shared is None) == (own.shared is None)
+            if own.shared is not None:
+                assert described(vars(found.shared)) == described(vars(own.shared))
+
+
+def described(value):
+    """Nested tensors as lists, so that they can be compared."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {
+            name: described(part) for name, part in value.items() if name != "scheduler_metadata"
+        }
+    return described(vars(value)) if hasattr(value, "__dict__") else value
 
 
 def test_v1_dummy_runs_have_a_step_of_their_own(model, run):
+    """And vLLM goes through all groups: it may be capturing."""
     runner = Batch(model, run, [0, 0]).runner
-    with planned_step(runner, num_tokens=8, num_reqs=2, num_scheduled_tokens=None, dummy=True):
+    metadata = {}
+    with planned_step(
+        runner, num_tokens=8, num_reqs=2, num_scheduled_tokens=None, dummy=True
+    ) as complete:
         assert all(builder.step is DUMMY_STEP for builder in model.builders)
+        assert runner.kv_cache_config is model.kv_cache_config
+        complete(metadata)
+    assert not metadata
 
 
 def test_v1_a_step_is_never_taken_for_a_dummy_run(model, run):
@@ -240,10 +298,12 @@ def test_v1_padding(model, run):
 def test_v1_s_hook_speaks_of_the_step_with_padding(model, run, monkeypatch):
     batch = Batch(model, run, [NUM_PROMPT, 3])
     seen = []
+    common = run.common([0, 1], [1, 1])[0]
 
     def original(runner, *args, **kwargs):
-        seen.append([builder.step for builder in model.builders])
-        return "metadata"
+        seen.append(model.builders[0].step)
+        built = model.builders[0].build(0, common)
+        return dict.fromkeys(model.layers_of[0], built), "for drafts"
 
     model.decoder.tables.slot_mappings[:, :8] = 5
     built = MODEL_RUNNER_V1.wrapper(
@@ -256,7 +316,10 @@ def test_v1_s_hook_speaks_of_the_step_with_padding(model, run, monkeypatch):
         num_scheduled_tokens={"text": 1, "image": 1},
         logits_indices=torch.arange(2),
     )
-    assert built == "metadata" and isinstance(seen[0][0], RoutedStep)
+    metadata, for_drafts = built
+    assert for_drafts == "for drafts" and isinstance(seen[0], RoutedStep)
+    assert set(metadata) == {name for of in model.layers_of for name in of}
+    assert plan_in(metadata) is seen[0].plan
     assert model.decoder.tables.slot_mappings[0, 2:8].tolist() == [-1] * 4 + [5, 5]
 
 
@@ -322,18 +385,14 @@ def test_v2_hands_the_step_to_build(model, run, state):
     assert [builder.step for builder in model.builders] == [None] * 4, "nothing is left behind"
 
 
-@pytest.mark.parametrize("history", [{}, {"history": "keep", "marker": (4, 5, 4)}], ids=str)
-def test_v2_warms_up_every_stage_once_and_leaves_nothing(model, run, state, monkeypatch, history):
-    """Not in a dummy run, which vLLM may be measuring."""
+@pytest.fixture(params=[{}, {"history": "keep", "marker": (4, 5, 4)}], ids=str)
+def cold(request, model, monkeypatch):
+    """Nothing has run; counts how often each stage does. Nothing may be left of it."""
     before = model.pool.clone()
     key_pages._FOUND.clear()
     # With it a step writes parked states, too.
     monkeypatch.setattr(model.config.cache_config, "enable_prefix_caching", True)
-    state._is_warm = False
-    monkeypatch.setattr(model.decoder, "schedule", replace(model.schedule, **history))
-    state.add_request(0, new_request("text"))
-    prepare(model, run, state, v2_batch(None, [0], [5]))
-    assert not key_pages._FOUND
+    monkeypatch.setattr(model.decoder, "schedule", replace(model.schedule, **request.param))
     run_stage, ran = model.decoder._runs, Counter()
 
     def counted(index, stage):
@@ -341,15 +400,57 @@ def test_v2_warms_up_every_stage_once_and_leaves_nothing(model, run, state, monk
 
     model.decoder._runs = tuple(counted(*pair) for pair in enumerate(run_stage))
     try:
-        for _ in range(2):
-            plan = plan_in(prepare(model, run, state, v2_batch(["text"], [0], [5])))
-            assert ran == {0: 2, 1: 2, 2: 2}, "one prompt at once, and one in two chunks"
+        yield ran
     finally:
         model.decoder._runs = run_stage
+    assert ran == {0: 2, 1: 2, 2: 2}, "one prompt at once, and one in two chunks"
     assert key_pages._FOUND, "the layout of keys has been looked up"
-    assert plan.boundary is None and plan.num_tokens == 5, "the step is the runner's own"
     assert torch.equal(model.pool, before)
     assert model.decoder.take_decisions() is None, "nobody is told"
+
+
+def test_v2_warms_up_every_stage_once_and_leaves_nothing(model, run, state, cold):
+    """Not in a dummy run, which vLLM may be measuring."""
+    state._is_warm = False
+    state.add_request(0, new_request("text"))
+    prepare(model, run, state, v2_batch(None, [0], [5]))
+    assert not key_pages._FOUND and not cold
+    for _ in range(2):
+        plan = plan_in(prepare(model, run, state, v2_batch(["text"], [0], [5])))
+    assert plan.boundary is None and plan.num_tokens == 5, "the step is the runner's own"
+
+
+class StartedWorker:
+    """The part of a worker that vLLM calls once K/V pages are there."""
+
+    def __init__(self, runner):
+        self.model_runner, self.vllm_config = runner, runner.vllm_config
+
+    def compile_or_warm_up_model(self):
+        return "times"
+
+
+def started(runner):
+    worker_cls = resolve_obj_by_qualname(routed_worker(f"{__name__}.StartedWorker"))
+    return worker_cls(runner).compile_or_warm_up_model()
+
+
+def test_v1_s_worker_warms_up_every_stage_at_start_and_leaves_nothing(model, cold):
+    assert not model.config.use_v2_model_runner
+    assert started(runner_of(model)) == "times"
+
+
+def test_v1_requests_find_their_own_blocks_after_warming_up(model, run):
+    batch = Batch(model, run, [0, 3])
+    started(batch.runner)
+    with batch.planned({"text": 1, "image": NUM_PROMPT}):
+        blocks = model.decoder.tables.block_tables[:, 0, : NUM_PROMPT // model.block_size]
+        assert blocks.ge(1).all(), "the first request's own"
+
+
+def test_v2_s_worker_leaves_warming_up_to_its_runner():
+    runner = SimpleNamespace(vllm_config=SimpleNamespace(use_v2_model_runner=True))
+    assert started(runner) == "times"
 
 
 def test_a_run_without_metadata_takes_room_for_the_tables(model, monkeypatch):

@@ -255,3 +255,24 @@ def test_rows_that_score():
     assert queries.rows.tolist() == [1, 0, 1]
     assert queries.weights.tolist() == [[0, 0.5, 0.5]], "a row that is not there weighs nothing"
     assert queries.hidden[0].tolist() == [[False, True], [False, True], [False, False]]
+
+
+def test_the_first_of_each_row_of_a_table():
+    """Whether the numbers were sent with the rows, as those of the stage decided for are, or not."""
+    step = Step(IMAGES, IMAGE)
+    kept = tuple(p.routing.kept[1] for p in step.plan.prefills)
+    assert min(kept) < max(kept)
+    for prompts in (step.prompts, PromptRows.of(step.plan, None, CPU, 1)):
+        for counts in (kept, (2, 3), (3, 3)):
+            first = [i * max(counts) + j for i, n in enumerate(counts) for j in range(n)]
+            assert prompts.first_of_each(counts).tolist() == first
+    even = PromptRows.of(Step(IMAGE, IMAGE).plan, None, CPU, 1)
+    kept = IMAGE.routing.kept[1]
+    assert even.first_of_each([kept] * 2).tolist() == list(range(2 * kept))
+
+
+def test_places_behind_a_prompt_s_end():
+    step = Step(IMAGES, IMAGE, RESUMED)
+    assert step.prompts.past_end.sum(dim=2).flatten().tolist() == [5, 0, 21]
+    assert step.prompts.past_end[2, 0].tolist() == [False] * 9 + [True] * 21
+    assert Step(IMAGE, IMAGE).prompts.past_end is None

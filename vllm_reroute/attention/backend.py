@@ -18,8 +18,14 @@ from vllm.v1.attention.backend import (
     subclass_attention_backend_with_overrides,
 )
 
-from vllm_reroute.attention.metadata import StageMetadata, compact_common, placed_common
+from vllm_reroute.attention.metadata import (
+    StageMetadata,
+    compact_common,
+    placed_common,
+    undivided_common,
+)
 from vllm_reroute.attention.step import RoutedStep, real_step
+from vllm_reroute.attention.step_tables import StageViews
 from vllm_reroute.kv_cache.spec import StageSpec
 from vllm_reroute.plan.row_pieces import row_pieces
 from vllm_reroute.plan.step_plan import StageLengths, StepPlan
@@ -101,7 +107,7 @@ def _stage_builder(underlying: type[AttentionBackend]) -> type:
             *,
             step: RoutedStep | None = None,
         ) -> StageMetadata:
-            step = real_step(step or self.step)
+            step = real_step(step or self.step, common_attn_metadata)
             if step.plan is None:
                 return self.build_for_cudagraph_capture(common_attn_metadata)
             if step.plan.boundary is None:
@@ -121,7 +127,7 @@ def _stage_builder(underlying: type[AttentionBackend]) -> type:
                     )
                     for piece in pieces
                 )
-                return StageMetadata(plan, None, self._views(common_attn_metadata, 0), of_pieces)
+                return StageMetadata(plan, None, self.views(common_attn_metadata, 0), of_pieces)
             return self._of_stage(step, lengths.num_tokens, common_attn_metadata)
 
         def build_for_cudagraph_capture(
@@ -137,24 +143,36 @@ def _stage_builder(underlying: type[AttentionBackend]) -> type:
         def _of_stage(
             self, step: RoutedStep, num_tokens: int, common: CommonAttentionMetadata
         ) -> StageMetadata:
-            """Stages of the same lengths differ in nothing that a backend looks at."""
-            plan, views = step.plan, self._views(common, num_tokens)
+            plan, views = step.plan, self.views(common, num_tokens)
             assert plan is not None, "a dummy run has no stages"
+            return StageMetadata(plan, self.shared(step, plan, common, views), views)
+
+        def shared(
+            self,
+            step: RoutedStep,
+            plan: StepPlan,
+            common: CommonAttentionMetadata,
+            views: StageViews,
+        ) -> Any:
+            """The backend's own metadata: stages of the same lengths differ in nothing that it looks at."""
             first = plan.like_stage[self.stage] if self._shares else self.stage
             if first not in step.built:
-                lengths = plan.stages[self.stage]
-                compact = compact_common(common, views, lengths, num_tokens)
-                step.built[first] = super().build(0, compact)
-            return StageMetadata(plan, step.built[first], views)
+                if plan.boundary is None:
+                    seen = undivided_common(common, views, plan.seq_lens[self.stage])
+                else:
+                    seen = compact_common(common, views, plan.stages[self.stage])
+                step.built[first] = super().build(0, seen)
+            return step.built[first]
 
-        def _views(self, common: CommonAttentionMetadata, num_tokens: int) -> Any:
+        def views(self, common: CommonAttentionMetadata, num_tokens: int) -> StageViews:
+            """Of the stage, in a step of that size."""
             return self.tables.views(self.stage, common.num_reqs, num_tokens)
 
         def _of_piece(
             self, plan: StepPlan, lengths: StageLengths, common: CommonAttentionMetadata
         ) -> StageMetadata:
             views = self.tables.piece_views(self.stage, lengths)
-            compact = compact_common(common, views, lengths, lengths.num_tokens)
+            compact = compact_common(common, views, lengths)
             return StageMetadata(plan, super().build(0, compact), views)
 
     return StageMetadataBuilder

@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
 from vllm_reroute.attention.layer import RoutedAttention
-from vllm_reroute.plan.step_plan import Places
 
 _DIGIT_VALUES = 128
 """Values of one digit: exact in every floating type K/V may have."""
 
 
-def read_keys(layer: RoutedAttention, places: Places) -> torch.Tensor:
-    """Keys [n, kv_heads, dim] of n tokens, by their place in the K/V of the layer's stage."""
-    cache = layer.kv_cache
-    blocks, offsets = layer.tables.blocks_of(layer.place.stage, places, layer.place.index)
-    blocks = blocks[0]
-    where = _key_places(layer)
+def _anew(name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return make()
+
+
+@dataclass(frozen=True)
+class KeyPlaces:
+    """Where n tokens are in the pages of a layer.
+
+    blocks: [n] int32. offsets: [n] int64, in these blocks.
+    """
+
+    blocks: torch.Tensor
+    offsets: torch.Tensor
+
+    @classmethod
+    def of(cls, layer: RoutedAttention, entries: torch.Tensor) -> KeyPlaces:
+        """entries: [2, n] int64, as `StepTables.entries_of` gives them."""
+        place = layer.place
+        return cls(layer.tables.blocks_at(place.stage, entries, place.index)[0], entries[1])
+
+    def split(self, first: int) -> tuple[KeyPlaces, KeyPlaces]:
+        """The first ones, and the others."""
+        blocks, offsets = self.blocks, self.offsets
+        return KeyPlaces(blocks[:first], offsets[:first]), KeyPlaces(
+            blocks[first:], offsets[first:]
+        )
+
+
+def read_keys(
+    layer: RoutedAttention, at: KeyPlaces, once: Callable[..., torch.Tensor] = _anew
+) -> torch.Tensor:
+    """Keys [n, kv_heads, dim] of n tokens.
+
+    once: `(name, make)`, a place to keep what is the same for all layers while the tokens are.
+    """
+    cache, where = layer.kv_cache, _key_places(layer)
     if where is None:
-        return cache[blocks, :, offsets, : layer.head_size]
+        return cache[at.blocks, :, at.offsets, : layer.head_size]
+    elements = once(f"elements of {id(where)}", lambda: where[at.offsets])
     inside = cache.flatten(1) if cache.is_contiguous() else cache.reshape(len(cache), -1)
-    return inside[blocks[:, None, None], where[offsets]]
+    return inside[at.blocks[:, None, None], elements]
 
 
-def write_keys(layer: RoutedAttention, keys: torch.Tensor, places: Places) -> None:
+def write_keys(layer: RoutedAttention, keys: torch.Tensor, at: KeyPlaces) -> None:
     """Put keys [n, kv_heads, dim] where the layer itself will write them later in the step.
 
     The values beside them are no values, but keys again: the layer overwrites both before it attends.
     """
-    slots = layer.tables.slots_of(layer.place.stage, places, layer.place.index)[0]
+    slots = torch.add(at.offsets, at.blocks, alpha=layer.tables.block_size)
     layer.impl.do_kv_cache_update(layer, keys, keys, layer.kv_cache, slots)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -16,12 +16,13 @@ from vllm_reroute.attention.step_tables import StageViews
 from vllm_reroute.plan.step_plan import StageLengths, StepPlan
 
 
-@dataclass(frozen=True)
+@dataclass
 class StageMetadata:
     """What the attention layers of one stage read.
 
     plan: the step's plan; None in a dummy run, where nothing is routed. shared: the backend's own
-    metadata, None where nobody runs. views: block tables and slots, per layer.
+    metadata, None where nobody runs. views: block tables and slots, per layer. The next step of the same
+    size may put its own plan and metadata here.
     pieces: the stage's rows in pieces, where they are more than a step may hold; the layers then
     read the metadata of the piece that runs. With each come its rows [n] among the stage's.
     """
@@ -58,33 +59,50 @@ def reading(metadata: StageMetadata, layer_names: tuple[str, ...]) -> Iterator[N
         yield
 
 
-def compact_common(
-    common: CommonAttentionMetadata, views: StageViews, lengths: StageLengths, num_tokens: int
+def undivided_common(
+    common: CommonAttentionMetadata, views: StageViews, seq_lens: np.ndarray
 ) -> CommonAttentionMetadata:
-    """The runner's metadata, as a stage sees the step.
+    """The runner's metadata, as a stage sees a step in which every stage runs the same tokens.
 
-    lengths: of the batch without padding. num_tokens: rows the stage runs, padding included.
+    seq_lens: [requests], of the batch without padding.
+    """
+    seen = placed_common(common, views)
+    padding = len(views.seq_lens) - len(seq_lens)
+    seen.seq_lens_cpu_upper_bound = _padded(seq_lens, padding, 0)
+    seen.max_seq_len = int(seq_lens.max())
+    return seen
+
+
+def compact_common(
+    common: CommonAttentionMetadata, views: StageViews, lengths: StageLengths
+) -> CommonAttentionMetadata:
+    """The runner's metadata, as a stage sees a step in which it runs rows of its own.
+
+    lengths: of the batch without padding.
     """
     compact = placed_common(common, views)
     padding = len(views.seq_lens) - len(lengths.seq_lens)
     compact.num_reqs = len(views.seq_lens)
     compact.seq_lens_cpu_upper_bound = _padded(lengths.seq_lens, padding, 0)
     compact.query_start_loc_cpu = _padded(lengths.query_start_loc, padding, lengths.num_tokens)
-    compact.num_actual_tokens = num_tokens
+    compact.num_actual_tokens = lengths.num_tokens
     compact.max_query_len = int(lengths.query_lens.max())
     compact.max_seq_len = int(lengths.seq_lens.max())
-    compact.positions = None
-    compact._num_computed_tokens_cache = None
-    compact._token_to_req_indices_cache = None
     return compact
 
 
 def placed_common(common: CommonAttentionMetadata, views: StageViews) -> CommonAttentionMetadata:
     """A copy that reads a stage's tables, the first layer's blocks and slots among them."""
-    placed = copy(common)
+    # As `copy` does, but several times as fast.
+    placed = object.__new__(type(common))
+    vars(placed).update(vars(common))
     placed.seq_lens, placed.query_start_loc = views.seq_lens, views.query_start_loc
     placed.block_table_tensor = views.block_tables[0]
     placed.slot_mapping = views.slot_mappings[0]
+    # Of the prompt, and worked out from lengths that the stage may not have.
+    placed.positions = None
+    placed._num_computed_tokens_cache = None
+    placed._token_to_req_indices_cache = None
     return placed
 
 

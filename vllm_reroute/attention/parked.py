@@ -142,7 +142,7 @@ class ParkedMetadataBuilder(AttentionMetadataBuilder[ParkedExchange | None]):
         step: RoutedStep | None = None,
     ) -> ParkedExchange | None:
         """None in a step that neither writes nor reads."""
-        step = real_step(step or self.step)
+        step = real_step(step or self.step, common_attn_metadata)
         if step.plan is None or step.plan.boundary is None:
             return None
         boundary, table = step.plan.boundary, common_attn_metadata.block_table_tensor

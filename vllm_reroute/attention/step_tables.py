@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from vllm_reroute.attention.step_kernel import KernelFill
 
 
+_MOST_VIEWS = 32
+"""Sizes that are remembered: steps of the same sizes come again."""
+
+
 @dataclass(frozen=True)
 class StageViews:
     """The rows of the tables that one stage uses in a step; block tables and slots per layer.
@@ -49,6 +53,16 @@ class RunnerLengths:
     query_start_loc: torch.Tensor
 
 
+@dataclass(frozen=True)
+class HostTables:
+    """The tables as arrays over the same memory, where the host can reach it."""
+
+    block_tables: np.ndarray
+    slot_mappings: np.ndarray
+    seq_lens: np.ndarray
+    query_start_loc: np.ndarray
+
+
 def write_lengths(plan: StepPlan, seq_lens: np.ndarray, starts: np.ndarray) -> None:
     """All stages' lengths [stages, reqs] and query starts [stages, reqs + 1].
 
@@ -56,8 +70,10 @@ def write_lengths(plan: StepPlan, seq_lens: np.ndarray, starts: np.ndarray) -> N
     """
     planned = plan.num_reqs
     seq_lens[:, :planned], seq_lens[:, planned:] = plan.seq_lens, 0
+    # Without a boundary, all stages run the same tokens.
+    query_lens = plan.query_lens if plan.boundary is not None else plan.query_lens[:1]
     starts[:, 0] = 0
-    np.cumsum(plan.query_lens, axis=1, out=starts[:, 1 : planned + 1])
+    starts[:, 1 : planned + 1] = query_lens.cumsum(axis=1, dtype=np.int32)
     starts[:, planned + 1 :] = starts[:, planned : planned + 1]
 
 
@@ -146,7 +162,21 @@ class StepTables:
         self.seq_lens, self.query_start_loc = zeros(stages, max_reqs), zeros(stages, max_reqs + 1)
         self._stage_of_layer = np.arange(stages).repeat(self.num_layers)
         self._rows = np.arange(layers)[:, None]
+        self._host: HostTables | None = None
+        if device.type == "cpu":
+            self._host = HostTables(
+                *(
+                    tensor.numpy()
+                    for tensor in (
+                        self.block_tables,
+                        self.slot_mappings,
+                        self.seq_lens,
+                        self.query_start_loc,
+                    )
+                )
+            )
         self._latest: list[tuple[tuple[int, int], StageViews] | None] = [None] * stages
+        self._views_of: dict[tuple[str, int], tuple[torch.Tensor, ...]] = {}
         self.kernel: KernelFill | None = None
         if device.type == "cuda":
             from vllm_reroute.attention.step_kernel import KernelFill
@@ -176,14 +206,12 @@ class StepTables:
                 plan, interleaved, num_reqs=num_reqs, num_tokens=num_tokens, lengths=lengths
             )
             return
-        write_lengths(
-            plan,
-            self.seq_lens[:, :num_reqs].numpy(),
-            self.query_start_loc[:, : num_reqs + 1].numpy(),
-        )
+        host = self._host
+        assert host is not None, "the host writes where it can reach"
+        write_lengths(plan, host.seq_lens[:, :num_reqs], host.query_start_loc[:, : num_reqs + 1])
         if interleaved is not None:
-            self._deal_blocks(interleaved, num_reqs, int(plan.seq_lens.max(initial=0)))
-        self._fill_slots(plan, num_tokens)
+            self._deal_blocks(host, interleaved, num_reqs, int(plan.seq_lens.max(initial=0)))
+        self._fill_slots(host, plan, num_tokens)
 
     def of_stage(self, stage: int) -> torch.Tensor:
         """Block tables [layers, max_reqs, max_blocks] of a stage's layers."""
@@ -204,13 +232,21 @@ class StepTables:
         if latest is None or latest[0] != (num_reqs, num_tokens):
             layers = self._layers(stage)
             views = StageViews(
-                self.seq_lens[stage, :num_reqs],
-                self.query_start_loc[stage, : num_reqs + 1],
-                self.block_tables[layers, :num_reqs].unbind(),
-                self.slot_mappings[layers, :num_tokens].unbind(),
+                self._cut("seq_lens", num_reqs)[stage],
+                self._cut("query_start_loc", num_reqs + 1)[stage],
+                self._cut("block_tables", num_reqs)[layers],
+                self._cut("slot_mappings", num_tokens)[layers],
             )
             latest = self._latest[stage] = (num_reqs, num_tokens), views
         return latest[1]
+
+    def _cut(self, table: str, size: int) -> tuple[torch.Tensor, ...]:
+        """A table cut to `size` requests or tokens, a view for each stage or layer, all made at once."""
+        if (table, size) not in self._views_of:
+            if len(self._views_of) >= _MOST_VIEWS:
+                self._views_of.clear()
+            self._views_of[table, size] = getattr(self, table)[:, :size].unbind()
+        return self._views_of[table, size]
 
     def piece_views(self, stage: int, lengths: StageLengths) -> StageViews:
         """Views of a piece of the stage's rows, with lengths and slots of their own."""
@@ -225,47 +261,54 @@ class StepTables:
         )
 
     def slots_of(self, stage: int, places: Places, layer: int | None = None) -> torch.Tensor:
-        """Slots [layers, n] int64 of tokens, see `blocks_of`."""
-        blocks, offsets = self.blocks_of(stage, places, layer)
-        return torch.add(offsets, blocks, alpha=self.block_size)
+        """Slots [layers, n] int64 of tokens by their place in the stage's K/V, see `blocks_at`."""
+        entries = self.entries_of(places)
+        return torch.add(entries[1], self.blocks_at(stage, entries, layer), alpha=self.block_size)
 
-    def blocks_of(
-        self, stage: int, places: Places, layer: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks [layers, n] int32 of tokens by their place in the stage's K/V, and the offsets [n]
-        int64 in them.
+    def entries_of(self, places: Places) -> torch.Tensor:
+        """[2, n] int64, the same for all layers: entries of tokens in a layer's block tables, laid out
+        one behind the other, and the tokens' offsets in their blocks."""
+        entries = places.request * self.max_blocks + places.position // self.block_size
+        return to_device(np.stack((entries, places.position % self.block_size)), self.device)
+
+    def blocks_at(
+        self, stage: int, entries: torch.Tensor, layer: int | None = None
+    ) -> torch.Tensor:
+        """Blocks [layers, n] int32 at `entries_of` tokens.
 
         layer: index of the only layer asked for; None for all of the stage.
         """
         layers = self._layers(stage)
         if layer is not None:
             layers = slice(layers.start + layer, layers.start + layer + 1)
-        entries = places.request * self.max_blocks + places.position // self.block_size
-        packed = to_device(np.stack((entries, places.position % self.block_size)), self.device)
-        return self.block_tables[layers].flatten(1).index_select(1, packed[0]), packed[1]
+        return self.block_tables[layers].flatten(1).index_select(1, entries[0])
 
     def _layers(self, stage: int) -> slice:
         first = sum(self.num_layers[:stage])
         return slice(first, first + self.num_layers[stage])
 
     def _deal_blocks(
-        self, interleaved: Sequence[torch.Tensor], num_reqs: int, max_seq_len: int
+        self,
+        host: HostTables,
+        interleaved: Sequence[torch.Tensor],
+        num_reqs: int,
+        max_seq_len: int,
     ) -> None:
         """Deal the stages' block ids out to all layers, as far as this step reaches."""
         blocks = min(-(-max_seq_len // self.block_size), self.max_blocks)
-        dealt = self.block_tables[:, :num_reqs, :blocks].numpy()
+        dealt = host.block_tables[:, :num_reqs, :blocks]
         for stage, table in enumerate(interleaved):
             dealt[self._layers(stage)] = interleaving.dealt(
                 table[:num_reqs].numpy(), self.num_layers[stage], blocks
             )
 
-    def _fill_slots(self, plan: StepPlan, num_tokens: int) -> None:
+    def _fill_slots(self, host: HostTables, plan: StepPlan, num_tokens: int) -> None:
         """Where each layer writes the K/V of each token. num_tokens: with padding."""
-        slots = self.slot_mappings.numpy()
+        slots = host.slot_mappings
         if plan.boundary is None:
             # All stages run the same tokens, at places of their own.
             request, position = places_of(plan.query_lens[0], plan.seq_lens)
-            self._put_slots(slots, slice(None), request, position[self._stage_of_layer])
+            self._put_slots(host, slice(None), request, position, self._stage_of_layer)
             slots[:, plan.num_tokens : num_tokens] = PAD_SLOT_ID
             return
         # A stage of more rows runs in pieces, which bring slots of their own.
@@ -275,19 +318,27 @@ class StepTables:
             layers = self._layers(stage)
             if count:
                 request, position = plan.stages[stage].request_and_position
-                self._put_slots(slots, layers, request, position)
+                self._put_slots(host, layers, request, position)
             slots[layers, count:end] = PAD_SLOT_ID
 
     def _put_slots(
-        self, slots: np.ndarray, layers: slice, request: np.ndarray, position: np.ndarray
+        self,
+        host: HostTables,
+        layers: slice,
+        request: np.ndarray,
+        position: np.ndarray,
+        stage_of_layer: np.ndarray | None = None,
     ) -> None:
         """Write these layers' slots of tokens, by their place in the layers' K/V.
 
-        position: [tokens], or [layers, tokens] where layers differ.
+        position: [tokens], or [stages, tokens] where layers are those of several stages.
         """
-        entry, offset = np.divmod(position, self.block_size)
-        rows = self._rows[layers]
-        blocks = self.block_tables.numpy()[rows, request, entry]
-        own = slots[layers, : len(request)]
-        np.multiply(blocks, self.block_size, out=own, dtype=np.int64)
+        entry = position // self.block_size
+        # Of one type with the slots: numpy is slow where it has to convert on its way.
+        offset = (position - entry * self.block_size).astype(np.int64)
+        if stage_of_layer is not None:
+            entry, offset = entry.take(stage_of_layer, axis=0), offset.take(stage_of_layer, axis=0)
+        own = host.slot_mappings[layers, : len(request)]
+        own[:] = host.block_tables[self._rows[layers], request, entry]
+        own *= self.block_size
         own += offset

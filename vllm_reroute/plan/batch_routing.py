@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from vllm_reroute.plan.request_routing import RequestRouting
+
+
+def rows_alike(table: np.ndarray) -> tuple[int, ...]:
+    """Per row of a table, the first of those in a row that are equal to it."""
+    first = [0]
+    same = (table[1:] == table[:-1]).all(axis=1)
+    for row, is_same in enumerate(same.tolist(), 1):
+        first.append(first[-1] if is_same else row)
+    return tuple(first)
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,11 @@ class BatchRouting:
             reuses_parked,
             BatchTurns.of(routings, num_stages),
         )
+
+    @cached_property
+    def like_stage(self) -> tuple[int, ...]:
+        """Per stage, the first of those next to it that hold as much of every settled request."""
+        return rows_alike(self.deferred)
 
     def later_stages(self, num_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What stages after the first decision have run once `num_tokens` [requests] tokens have run.

@@ -19,7 +19,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vllm_reroute.plan.batch_routing import BatchRouting
+from vllm_reroute.plan.batch_routing import BatchRouting, rows_alike
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.turns import Turn
 
@@ -142,7 +142,8 @@ class StepPlan:
 
     num_tokens: tokens of the step. query_lens, seq_lens: [stages, requests] int32, see `StageLengths`.
     candidates: lengths at the input of the first decision layer. prefills: requests whose decisions
-    are taken now. boundary: None where every token of the step simply runs all stages.
+    are taken now. boundary: None where every token of the step simply runs all stages. like: what
+    `like_stage` is, where it is known beforehand.
     """
 
     num_tokens: int
@@ -151,6 +152,7 @@ class StepPlan:
     candidates: StageLengths
     prefills: tuple[ImagePrefill, ...] = ()
     boundary: Boundary | None = None
+    like: tuple[int, ...] | None = None
 
     @property
     def num_reqs(self) -> int:
@@ -164,13 +166,11 @@ class StepPlan:
     @cached_property
     def like_stage(self) -> tuple[int, ...]:
         """Per stage, the first of those in a row with the very same lengths."""
-        same = (self.seq_lens[1:] == self.seq_lens[:-1]).all(axis=1)
-        if self.boundary is not None:
-            same &= (self.query_lens[1:] == self.query_lens[:-1]).all(axis=1)
-        first = [0]
-        for stage, is_same in enumerate(same.tolist(), 1):
-            first.append(first[-1] if is_same else stage)
-        return tuple(first)
+        if self.like is not None:
+            return self.like
+        if self.boundary is None:
+            return rows_alike(self.seq_lens)
+        return rows_alike(np.concatenate((self.seq_lens, self.query_lens), axis=1))
 
 
 def plan_step(
@@ -196,7 +196,8 @@ def plan_step(
         held = (end - batch.deferred).astype(np.int32)
         query = np.empty_like(held)
         query[:] = num_scheduled
-        return StepPlan(num_tokens, query, held, StageLengths(query[0], end.astype(np.int32)))
+        everyone = StageLengths(query[0], end.astype(np.int32))
+        return StepPlan(num_tokens, query, held, everyone, like=batch.like_stage)
     # Later stages run positions [first, last) of each request.
     first, deferred_before = batch.later_stages(num_computed)
     last, deferred = batch.later_stages(end)

@@ -167,10 +167,14 @@ class RoutedDecoder(nn.Module):
             self._run(tokens, run, piece)
         self._decided = decisions.to_host() if plan.prefills else None
         rows = exchange.source[tokens.running.rows]
+        final = self._norm[0](tokens.hidden, tokens.residual)[0]
+        if exchange.positions is None:
+            output[rows] = final
+            return output
         # Rows of earlier steps' tokens all go to one more row, which is dropped.
-        final = torch.cat((output[:num_tokens], output.new_zeros(1, output.shape[1])))
-        final[rows.clamp(max=num_tokens)] = self._norm[0](tokens.hidden, tokens.residual)[0]
-        output[:num_tokens] = final[:num_tokens]
+        whole = torch.cat((output[:num_tokens], output.new_zeros(1, output.shape[1])))
+        whole[rows.clamp(max=num_tokens)] = final
+        output[:num_tokens] = whole[:num_tokens]
         return output
 
     def _cross_boundary(

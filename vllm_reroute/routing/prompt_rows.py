@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,16 +13,30 @@ from vllm_reroute.plan.step_plan import ImagePrefill, Places, StageLengths, Step
 from vllm_reroute.to_device import to_device
 
 
+class Memory:
+    """Tensors by name, each made when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, torch.Tensor] = {}
+
+    def once(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+
 @dataclass(frozen=True)
 class QueryRows:
     """The rows that score, of one number n of tokens per prompt.
 
-    rows: [requests * n] int64, the layout's rows of the prompts' last n tokens, in order. weights:
-    fp32 [requests, n], of each row in the mean; None for n = 1. hidden: bool [requests, n, width],
-    keys a row does not see; None where all rows see all of them.
+    rows: [requests * n] int64, the layout's rows of the prompts' last n tokens, in order. behind_keys:
+    [s + P + requests * n] int64, `PromptRows.key_rows`, then `rows`. weights: fp32 [requests, n], of
+    each row in the mean; None for n = 1. hidden: bool [requests, n, width], keys a row does not see;
+    None where all rows see all of them.
     """
 
     rows: torch.Tensor
+    behind_keys: torch.Tensor
     weights: torch.Tensor | None
     hidden: torch.Tensor | None
 
@@ -44,7 +58,9 @@ class PromptRows:
     num_visual: visual tokens of the turn present per prompt. num_rows: rows of the layout.
     prefills: whose prompts these are. batch_rows: their rows in the step's batch.
     shared: K/V places of text that becomes shareable in this step; none where no prompt has cached
-    text. key_rows: [s + P] int64, the layout's rows of that text, then `rows`.
+    text. key_rows: [s + P] int64, the layout's rows of that text, then `rows`. key_and_last_rows: then `last`.
+    past_end: bool [requests, 1, width], places behind a prompt's end; None where there are none.
+    in_step, in_layout: what stays the same while the tokens that are cached do, and while the layout does.
     """
 
     rows: torch.Tensor
@@ -59,8 +75,12 @@ class PromptRows:
     batch_rows: tuple[int, ...]
     shared: Places
     key_rows: torch.Tensor
+    key_and_last_rows: torch.Tensor
+    past_end: torch.Tensor | None
+    in_step: Memory
+    in_layout: Memory = field(default_factory=Memory, repr=False)
+    _first: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, repr=False)
     _query_rows: dict[int, QueryRows] = field(default_factory=dict, repr=False)
-    _once: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def width(self) -> int:
@@ -78,11 +98,21 @@ class PromptRows:
         request = np.array(self.batch_rows, dtype=np.int64).repeat(counts)
         return Places(request, _ranges(np.zeros_like(counts), counts))
 
-    def once(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """A tensor that stays the same while the tokens keep this layout, made when first asked for."""
-        if name not in self._once:
-            self._once[name] = make()
-        return self._once[name]
+    @cached_property
+    def in_pages(self) -> Places:
+        """The tokens of `shared`, then those of `cached`."""
+        both = self.shared, self.cached
+        return Places(
+            np.concatenate([places.request for places in both]),
+            np.concatenate([places.position for places in both]),
+        )
+
+    def first_of_each(self, counts: Sequence[int]) -> torch.Tensor:
+        """int64 [sum of counts]: the first entries of each row of a table [requests, largest count]."""
+        counts = tuple(counts)
+        if counts not in self._first:
+            self._first[counts] = to_device(_first_of_each(counts), self.rows.device)
+        return self._first[counts]
 
     def query_rows(self, n: int) -> QueryRows:
         """The rows of the prompts' last n tokens, made once for all decisions in this layout.
@@ -93,32 +123,44 @@ class PromptRows:
             device, lens = self.rows.device, np.array(self.lens)
             back = np.arange(n)[::-1]
             present = back < (lens - np.array(self.num_cached))[:, None]
-            rows = self.last
+            rows, behind_keys = self.last, self.key_and_last_rows
             if n > 1:
                 shift = to_device(np.where(present, back, 0), device)
                 rows = (rows[:, None] - shift).flatten()
+                behind_keys = torch.cat((self.key_rows, rows))
             weights = (present / present.sum(axis=1, keepdims=True)).astype(np.float32)
-            hidden = hidden_keys(lens, n)
+            hidden = self.past_end
+            if n > 1:
+                hidden = to_device(hidden_keys(lens, n), device)
             self._query_rows[n] = QueryRows(
                 rows=rows,
+                behind_keys=behind_keys,
                 weights=to_device(weights, device) if n > 1 else None,
-                hidden=to_device(hidden, device) if hidden.any() else None,
+                hidden=hidden,
             )
         return self._query_rows[n]
 
     @classmethod
     def of(
-        cls, plan: StepPlan, layout: int | None, device: torch.device, stage: int = 0
+        cls,
+        plan: StepPlan,
+        layout: int | None,
+        device: torch.device,
+        stage: int = 0,
+        *,
+        of: int = 0,
+        in_step: Memory | None = None,
     ) -> PromptRows:
         """Prompts as laid out in a stage; None: as candidates of the first decision.
 
-        stage: the one that is decided for, whose K/V holds the cached tokens. Stages differ in it
-        where earlier turns have been decided.
+        stage: the one that is decided for. of: the one whose K/V holds the cached tokens. Stages
+        differ in it where earlier turns have been decided. in_step: that of the step's other layouts
+        with the same cached tokens.
         """
         prefills = plan.prefills
         lengths = plan.candidates if layout is None else plan.stages[layout]
         num_visual = [p.turn.size if layout is None else p.turn.kept[layout] for p in prefills]
-        cached = np.array([p.num_held(stage) for p in prefills], dtype=np.int64)
+        cached = np.array([p.num_held(of) for p in prefills], dtype=np.int64)
         own = np.array(
             [p.num_turn_rows - p.turn.size + n for p, n in zip(prefills, num_visual, strict=True)],
             dtype=np.int64,
@@ -133,10 +175,23 @@ class PromptRows:
         keys[own_places] = cached.sum() + np.arange(len(rows))
         keys[_ranges(first_places, cached)] = np.arange(cached.sum())
         shared, shared_rows = _shared_text(plan, lengths, prefills)
-        packed = (shared_rows, rows, table, keys, last)
+        # Whatever the decision for this stage needs goes to the device in one copy.
+        kept = tuple(p.turn.kept[stage] for p in prefills)
+        hidden = hidden_keys(lens, 1)
+        packed = (
+            shared_rows,
+            rows,
+            last,
+            table,
+            keys,
+            _first_of_each(kept) if min(kept) < max(kept) else rows[:0],
+            _as_numbers(hidden) if hidden.any() else rows[:0],
+        )
         on_device = to_device(np.concatenate(packed), device)
-        key_rows = on_device[: len(shared_rows) + len(rows)]
-        _, rows, table, keys, last = on_device.split([len(part) for part in packed])
+        key_and_last_rows = on_device[: len(shared_rows) + len(rows) + count]
+        _, rows, last, table, keys, first, past_end = on_device.split(
+            [len(part) for part in packed]
+        )
         return cls(
             rows=rows,
             table=table.view(count, width),
@@ -149,7 +204,13 @@ class PromptRows:
             prefills=prefills,
             batch_rows=tuple(p.index for p in prefills),
             shared=shared,
-            key_rows=key_rows,
+            key_rows=key_and_last_rows[:-count],
+            key_and_last_rows=key_and_last_rows,
+            past_end=past_end.view(torch.bool)[: hidden.size].view(hidden.shape)
+            if len(past_end)
+            else None,
+            in_step=in_step or Memory(),
+            _first={kept: first} if len(first) else {},
         )
 
 
@@ -194,6 +255,18 @@ def _shared_text(
         - plan.boundary.first[shared.request]
     )
     return shared, rows.astype(np.int64)
+
+
+def _first_of_each(counts: tuple[int, ...]) -> np.ndarray:
+    most = max(counts)
+    return _ranges(np.arange(len(counts)) * most, np.array(counts, dtype=np.int64))
+
+
+def _as_numbers(mask: np.ndarray) -> np.ndarray:
+    """The bytes of a mask, and some more, as int64."""
+    padded = np.zeros(-(-mask.size // 8) * 8, dtype=bool)
+    padded[: mask.size] = mask.flat
+    return padded.view(np.int64)
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from vllm_reroute.plan.step_plan import StepPlan
-from vllm_reroute.routing.prompt_rows import PromptRows, text_mask
+from vllm_reroute.routing.prompt_rows import Memory, PromptRows, text_mask
 from vllm_reroute.routing.selection import select_rows
 
 
@@ -22,18 +22,24 @@ class Tokens:
         self,
         stream: torch.Tensor,
         positions: torch.Tensor,
-        rows: torch.Tensor,
+        rows: torch.Tensor | None,
         text: torch.Tensor,
         taken: torch.Tensor | None = None,
     ) -> None:
-        """rows, text: of the tokens of which `taken` are these; None where they are all of them."""
+        """rows, text: of the tokens of which `taken` are these; None where they are all of them.
+
+        No rows: those tokens are all the candidates of the first decision.
+        """
         self.stream, self.positions = stream, positions
         self._rows, self._text, self._taken = rows, text, taken
 
     @cached_property
     def rows(self) -> torch.Tensor:
         """[n] int64, their places among the candidates of the first decision."""
-        return self._rows if self._taken is None else self._rows[self._taken]
+        if self._taken is None:
+            assert self._rows is None, "all of some are those"
+            return torch.arange(len(self.stream), device=self.stream.device)
+        return self._taken if self._rows is None else self._rows[self._taken]
 
     @cached_property
     def text(self) -> torch.Tensor:
@@ -47,9 +53,9 @@ class Tokens:
 
     def take(self, rows: torch.Tensor) -> Tokens:
         """The only gather: states and positions travel together, the rest when it is asked for."""
-        return Tokens(
-            self.stream[rows], self.positions[..., rows], self.rows, self.text, taken=rows
-        )
+        is_everyone = self._rows is None and self._taken is None
+        of = None if is_everyone else self.rows
+        return Tokens(self.stream[rows], self.positions[..., rows], of, self.text, taken=rows)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class TokenState:
         self.candidates = Tokens(
             stream=stream,
             positions=positions,
-            rows=torch.arange(len(stream), device=device),
+            rows=None,
             text=text_mask(plan, device),
         )
         self.chosen: torch.Tensor | None = None
@@ -96,6 +102,7 @@ class TokenState:
         self.residual: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
         self._prompts: dict[int, PromptRows] = {}
+        self._in_step: dict[int, Memory] = {}
         self._layout: int | None = None
         # What is cached before a prompt's first turn is text, the same in every stage.
         self._stages_differ = any(prefill.is_later_turn for prefill in plan.prefills)
@@ -105,7 +112,10 @@ class TokenState:
         key = stage if self._stages_differ else 0
         if key not in self._prompts:
             device = self.candidates.stream.device
-            self._prompts[key] = PromptRows.of(self.plan, self._layout, device, key)
+            in_step = self._in_step.setdefault(key, Memory())
+            self._prompts[key] = PromptRows.of(
+                self.plan, self._layout, device, stage, of=key, in_step=in_step
+            )
         return self._prompts[key]
 
     def merge(self) -> None:

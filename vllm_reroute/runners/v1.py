@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 from vllm_reroute.attention.step import DUMMY_STEP, RoutedStep, check_graph
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.step_plan import Places
+from vllm_reroute.runners.group_builders import GroupBuilders
 from vllm_reroute.runners.step_planner import StepPlanner
 from vllm_reroute.runners.v1_seeds import withhold_generators
 from vllm_reroute.runners.v1_tables import take_over
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 _PLANNER_ATTRIBUTE = "reroute_planner"
+_BUILDERS_ATTRIBUTE = "reroute_builders"
 _ROUTING_ATTRIBUTE = "reroute_routing"
 
 
@@ -35,8 +37,11 @@ def planned_step(
     dummy: bool,
     capturing: bool = False,
     full_graph: bool = False,
-) -> Iterator[None]:
+) -> Iterator[Callable[[dict[str, Any]], None]]:
     """While entered, the metadata builders of a routed model know the step.
+
+    Yields what completes the metadata, by layer name, that vLLM has built meanwhile: in a step it only
+    builds that of its first K/V group.
 
     num_tokens, num_reqs: with padding. num_scheduled_tokens: request id -> tokens of this step.
     dummy: whether this is no step but a dummy run, which has none and is not routed. capturing: whether
@@ -46,7 +51,7 @@ def planned_step(
     """
     decoder = getattr(runner.get_model(), "routed_decoder", None)
     if decoder is None:
-        yield
+        yield _nothing_is_missing
         return
     if dummy != (num_scheduled_tokens is None) or (capturing and not dummy):
         raise RuntimeError(
@@ -56,29 +61,50 @@ def planned_step(
             f"{'to be captured' if capturing else 'not to be captured'}. Serve without "
             "--reroute-schedule."
         )
-    step = DUMMY_STEP
-    if num_scheduled_tokens is not None:
-        if not hasattr(runner, _PLANNER_ATTRIBUTE):
-            planner = StepPlanner(runner.vllm_config, runner.kv_cache_config, decoder)
-            tables = runner.input_batch.block_table.block_tables
-            take_over(tables, planner.groups, decoder.tables)
-            setattr(runner, _PLANNER_ATTRIBUTE, planner)
-        step = _V1Batch(runner).plan(num_scheduled_tokens, num_reqs, num_tokens)
-        check_graph(step, full_graph=full_graph)
-        withhold_generators(runner, num_scheduled_tokens)
-    builders: list[Any] = [
-        builder
-        for groups in runner.attn_groups
-        for group in groups
-        for builder in group.metadata_builders
-    ]
+    if num_scheduled_tokens is None:
+        of_all: list[Any] = [
+            builder
+            for groups in runner.attn_groups
+            for group in groups
+            for builder in group.metadata_builders
+        ]
+        try:
+            _tell(of_all, DUMMY_STEP)
+            yield _nothing_is_missing
+        finally:
+            _tell(of_all, None)
+        return
+    if not hasattr(runner, _PLANNER_ATTRIBUTE):
+        planner = StepPlanner(runner.vllm_config, runner.kv_cache_config, decoder)
+        take_over(runner.input_batch.block_table.block_tables, planner.groups, decoder.tables)
+        setattr(runner, _PLANNER_ATTRIBUTE, planner)
+        setattr(
+            runner, _BUILDERS_ATTRIBUTE, GroupBuilders(runner.kv_cache_config, runner.attn_groups)
+        )
+    builders: GroupBuilders = getattr(runner, _BUILDERS_ATTRIBUTE)
+    step = _V1Batch(runner).plan(num_scheduled_tokens, num_reqs, num_tokens)
+    check_graph(step, full_graph=full_graph)
+    withhold_generators(runner, num_scheduled_tokens)
+
+    def table_of(group: int) -> torch.Tensor:
+        return runner.input_batch.block_table.block_tables[group].get_device_tensor(num_reqs)
+
+    config, runner.kv_cache_config = runner.kv_cache_config, builders.first
+    try:
+        _tell(builders.of_first, step)
+        yield lambda metadata: builders.complete(metadata, step, table_of)
+    finally:
+        _tell(builders.of_first, None)
+        runner.kv_cache_config = config
+
+
+def _tell(builders: list[Any], step: RoutedStep | None) -> None:
     for builder in builders:
         builder.step = step
-    try:
-        yield
-    finally:
-        for builder in builders:
-            builder.step = None
+
+
+def _nothing_is_missing(metadata: dict[str, Any]) -> None:
+    """What completes metadata that vLLM builds on its own."""
 
 
 class _V1Batch:

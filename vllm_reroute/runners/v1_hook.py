@@ -27,8 +27,10 @@ def _build_attention_metadata(
         capturing=bool(kwargs.get("for_cudagraph_capture")),
         # Only a full graph pads what attention sees.
         full_graph=kwargs.get("num_tokens_padded") is not None,
-    ):
-        return original(self, *args, **kwargs)
+    ) as complete:
+        built = original(self, *args, **kwargs)
+        complete(built[0])
+        return built
 
 
 MODEL_RUNNER_V1 = Hook(

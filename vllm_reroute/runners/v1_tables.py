@@ -28,8 +28,25 @@ def take_over(tables: Sequence[BlockTable], stages: Sequence[int], own: StepTabl
     for table in tables:
         table.slot_mapping_mode = SlotMappingMode.NONE
     if own.kernel is None:
+        for table in tables:
+            slots: Any = NoSlots()
+            table.slot_mapping = slots
         for stage, group in enumerate(stages):
             DealtBlockTable.adopt(tables[group], own.of_stage(stage))
+
+
+class NoSlots:
+    """Stands for a table's slots, of which vLLM cuts and pads a piece in every step: nobody reads it."""
+
+    @property
+    def gpu(self) -> NoSlots:
+        return self
+
+    def __getitem__(self, piece: Any) -> NoSlots:
+        return self
+
+    def fill_(self, value: int) -> None:
+        pass
 
 
 class DealtBlockTable(BlockTable):

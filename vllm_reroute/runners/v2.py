@@ -21,6 +21,7 @@ from vllm_reroute.attention.step import DUMMY_STEP, RoutedStep, check_graph
 from vllm_reroute.attention.step_tables import RunnerLengths
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.step_plan import Places
+from vllm_reroute.runners.group_builders import GroupBuilders
 from vllm_reroute.runners.step_planner import StepPlanner
 from vllm_reroute.runners.warm_up import WarmUp
 from vllm_reroute.to_device import to_device
@@ -50,6 +51,7 @@ class RoutedModelState(DefaultModelState):
         super().__init__(*args, **kwargs)
         self._routings: dict[str, RequestRouting | None] = {}
         self._is_warm = False
+        self._builders: GroupBuilders | None = None
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
@@ -82,25 +84,32 @@ class RoutedModelState(DefaultModelState):
         for_capture: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        step = DUMMY_STEP
-        if not self._is_dummy(input_batch):
-            if for_capture:
-                raise RuntimeError("A CUDA graph is to be captured over a batch of real requests.")
-            self._warm_up(attn_groups, kv_cache_config)
-            step = self._plan(input_batch, cudagraph_mode, block_tables)
-            check_graph(step, full_graph=cudagraph_mode == CUDAGraphMode.FULL)
-        return super().prepare_attn(  # type: ignore[misc]  # args: what a later vLLM may add
-            input_batch,
-            cudagraph_mode,
-            block_tables,
-            slot_mappings,
-            attn_groups,
-            kv_cache_config,
-            *args,
-            for_capture=for_capture,
-            model_specific_attn_metadata=RoutedAttnMetadata(step),
-            **kwargs,
-        )
+        def stock(step: RoutedStep, config: KVCacheConfig) -> dict[str, Any]:
+            return super(RoutedModelState, self).prepare_attn(  # type: ignore[misc]  # a later vLLM's args
+                input_batch,
+                cudagraph_mode,
+                block_tables,
+                slot_mappings,
+                attn_groups,
+                config,
+                *args,
+                for_capture=for_capture,
+                model_specific_attn_metadata=RoutedAttnMetadata(step),
+                **kwargs,
+            )
+
+        if self._is_dummy(input_batch):
+            return stock(DUMMY_STEP, kv_cache_config)
+        if for_capture:
+            raise RuntimeError("A CUDA graph is to be captured over a batch of real requests.")
+        self._warm_up(attn_groups, kv_cache_config)
+        if self._builders is None:
+            self._builders = GroupBuilders(kv_cache_config, attn_groups)
+        step = self._plan(input_batch, cudagraph_mode, block_tables)
+        check_graph(step, full_graph=cudagraph_mode == CUDAGraphMode.FULL)
+        metadata = stock(step, self._builders.first)
+        self._builders.complete(metadata, step, block_tables.__getitem__)
+        return metadata
 
     def _warm_up(
         self, attn_groups: list[list[AttentionGroup]], kv_cache_config: KVCacheConfig

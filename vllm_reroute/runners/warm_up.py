@@ -62,6 +62,17 @@ class WarmUp:
             for s in specs
         ]
 
+    @classmethod
+    def of_runner(cls, runner: Any) -> WarmUp:
+        """runner: a V1 model runner with its K/V pool in place."""
+        return cls(
+            runner.vllm_config,
+            runner.kv_cache_config,
+            runner.get_model(),
+            runner.attn_groups,
+            runner.device,
+        )
+
     def run(self) -> None:
         """Does nothing where a step or a request may hold too few tokens for an image."""
         config, before = self.config, self.planner.block_size

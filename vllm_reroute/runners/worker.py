@@ -1,6 +1,6 @@
-"""The worker of a routed engine: vLLM's own, whose outputs also say what has been decided.
+"""The worker of a routed engine: vLLM's own, which also warms up, and says what has been decided.
 
-Both model runners return their outputs through `Worker.sample_tokens`, so this serves both.
+Both model runners return their outputs through `Worker.sample_tokens`, so that serves both.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm_reroute.plan.decided_turn import send
 
 if TYPE_CHECKING:
+    from vllm.v1.worker.worker_base import CompilationTimes
     from vllm.v1.worker.worker_base import WorkerBase as _Stock
 
     from vllm_reroute.routing.step_decisions import HostDecisions
@@ -32,6 +33,16 @@ def routed_worker(worker_cls: str) -> str:
 
 class RoutedWorker(_Stock):
     """Mixin in front of a worker class of vLLM's."""
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """At start, once K/V pages are there. The V2 runner runs steps of its own then, and warms up in them."""
+        if not self.vllm_config.use_v2_model_runner:
+            # Here, since front ends load this module, too.
+            from vllm_reroute.runners.warm_up import WarmUp
+
+            # First: vLLM then captures graphs, resets the seed and begins to watch for late compilation.
+            WarmUp.of_runner(self.model_runner).run()
+        return super().compile_or_warm_up_model()
 
     def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         output = super().sample_tokens(grammar_output)

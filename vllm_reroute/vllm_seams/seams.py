@@ -48,6 +48,7 @@ SEAMS = (
         ("self", "scheduler_output", "model_runner_output"),
     ),
     Seam("vllm.v1.worker.worker_base", "WorkerBase.sample_tokens", ("self", "grammar_output")),
+    Seam("vllm.v1.worker.worker_base", "WorkerBase.compile_or_warm_up_model", ("self",)),
     Seam(
         "vllm.v1.core.kv_cache_manager",
         "KVCacheManager.record_prefix_cache_stats",

@@ -35,6 +35,24 @@ DEVICE = (
         ),
     ),
     Mutant(
+        name="v1-is-not-warmed-up",
+        file="vllm_reroute/runners/worker.py",
+        old="if not self.vllm_config.use_v2_model_runner:",
+        new="if self.vllm_config.use_v2_model_runner:",
+        killers=(
+            "tests/unit/test_runners.py::test_v1_s_worker_warms_up_every_stage_at_start_and_leaves_nothing",
+        ),
+    ),
+    Mutant(
+        name="parked-pages-of-the-first-group",
+        file="vllm_reroute/runners/group_builders.py",
+        old="own.block_table_tensor = table_of(group)",
+        new="own.block_table_tensor = table_of(0)",
+        killers=(
+            "tests/unit/test_runners.py::test_what_vllm_does_not_build_is_what_each_builder_makes_of_its_group",
+        ),
+    ),
+    Mutant(
         name="prefill-in-a-decode-s-graph",
         file="vllm_reroute/attention/step.py",
         old="if full_graph and step.plan is not None",
@@ -100,8 +118,8 @@ DEVICE = (
     Mutant(
         name="slots-of-another-stage",
         file="vllm_reroute/attention/step_tables.py",
-        old="position[self._stage_of_layer]",
-        new="position[self._stage_of_layer * 0]",
+        old="entry.take(stage_of_layer, axis=0)",
+        new="entry.take(stage_of_layer * 0, axis=0)",
         killers=("tests/unit/test_step_tables.py::test_a_step",),
     ),
     Mutant(

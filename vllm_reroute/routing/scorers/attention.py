@@ -11,9 +11,9 @@ from torch import nn
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLinearMethod
 
-from vllm_reroute.attention.key_pages import read_keys, write_keys
+from vllm_reroute.attention.key_pages import KeyPlaces, read_keys, write_keys
 from vllm_reroute.attention.layer import RoutedAttention
-from vllm_reroute.routing.prompt_rows import PromptRows
+from vllm_reroute.routing.prompt_rows import PromptRows, QueryRows
 from vllm_reroute.routing.scorers.scorer import Scorer, ScoringLayer
 
 HeadReduction = Literal["mean", "max"]
@@ -158,10 +158,10 @@ class LastTokenScorer(Scorer):
         [3, rows]. The same on every tensor-parallel rank.
         """
         queries = prompts.query_rows(self.rule.num_queries)
-        places = prompts.once("query positions", lambda: positions[..., queries.rows])
+        keys, asking = self._keys_and_queries(stream, positions, prompts, queries)
         scores = attention_rows(
-            self._queries(stream[queries.rows], places).unflatten(0, (len(prompts.lens), -1)),
-            self._key_table(stream, positions, prompts),
+            asking.unflatten(0, (len(prompts.lens), -1)),
+            self._key_table(keys, prompts),
             queries.weights,
             queries.hidden,
             self.attention.scaling,
@@ -169,33 +169,52 @@ class LastTokenScorer(Scorer):
         )
         return alike_on_all_ranks(scores, self.rule.heads)
 
-    def _key_table(
-        self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
-    ) -> torch.Tensor:
-        """Keys [requests, width, kv_heads, dim] of all tokens present, cached ones included."""
-        keys, num_shared = self._keys_of_rows(stream, positions, prompts), len(prompts.shared)
-        if num_shared:
-            write_keys(self.attention.attn, keys[:num_shared], prompts.shared)
-            keys = keys[num_shared:]
-        if len(prompts.cached):
-            keys = torch.cat((read_keys(self.attention.attn, prompts.cached).to(keys.dtype), keys))
-        count = len(prompts.lens)
+    def _key_table(self, keys: torch.Tensor, prompts: PromptRows) -> torch.Tensor:
+        """Keys [requests, width, kv_heads, dim] of all tokens present, cached ones included.
+
+        keys: [s + P, kv_heads, dim], of shared text and of the prompts' rows.
+        """
+        layer, num_shared, count = self.attention.attn, len(prompts.shared), len(prompts.lens)
+        if num_shared or len(prompts.cached):
+            once = prompts.in_step.once
+            entries = once("entries", lambda: layer.tables.entries_of(prompts.in_pages))
+            shared, cached = KeyPlaces.of(layer, entries).split(num_shared)
+            if num_shared:
+                write_keys(layer, keys[:num_shared], shared)
+            keys = torch.cat((read_keys(layer, cached, once).to(keys.dtype), keys[num_shared:]))
         return keys.unsqueeze(0) if count == 1 else keys[prompts.keys].unflatten(0, (count, -1))
 
-    def _keys_of_rows(
-        self, stream: torch.Tensor, positions: torch.Tensor, prompts: PromptRows
-    ) -> torch.Tensor:
-        """Keys of shared text and of the prompts' rows, in parts where they are very many."""
+    def _keys_and_queries(
+        self,
+        stream: torch.Tensor,
+        positions: torch.Tensor,
+        prompts: PromptRows,
+        queries: QueryRows,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [s + P, kv_heads, dim] of shared text and of the prompts' rows, and queries [requests *
+        n, heads, dim] of those that score; in parts where rows are very many."""
         if prompts.are_all_rows and not len(prompts.shared) and len(stream) <= self.most_rows:
-            return self._keys(stream, positions)
-        places = prompts.once("key positions", lambda: positions[..., prompts.key_rows])
-        parts = prompts.key_rows.split(self.most_rows), places.split(self.most_rows, dim=-1)
-        keys = [self._keys(stream[rows], own) for rows, own in zip(*parts, strict=True)]
-        return keys[0] if len(keys) == 1 else torch.cat(keys)
+            states = self.norm(stream)
+            places = prompts.in_layout.once("query positions", lambda: positions[..., queries.rows])
+            return self._keys(states, positions), self._queries(states[queries.rows], places)
+        rows, num_keys = queries.behind_keys, len(prompts.key_rows)
+        places = prompts.in_layout.once("positions", lambda: positions[..., rows])
+        keys, asking = [], []
+        for part, own in zip(
+            rows.split(self.most_rows), places.split(self.most_rows, dim=-1), strict=True
+        ):
+            states, of_keys = self.norm(stream[part]), min(num_keys, len(part))
+            if of_keys:
+                keys.append(self._keys(states[:of_keys], own[..., :of_keys]))
+            if of_keys < len(part):
+                asking.append(self._queries(states[of_keys:], own[..., of_keys:]))
+            num_keys -= of_keys
+        return _joined(keys), _joined(asking)
 
     def _queries(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """states: after the norm, as for `_keys`."""
         attention = self.attention
-        fused, _ = attention.qkv_proj(self.norm(states))
+        fused, _ = attention.qkv_proj(states)
         queries, keys, _ = fused.split(
             (attention.q_size, attention.kv_size, attention.kv_size), dim=-1
         )
@@ -203,12 +222,12 @@ class LastTokenScorer(Scorer):
         return queries.unflatten(-1, (-1, attention.head_dim))
 
     def _keys(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        attention, normed = self.attention, self.norm(states)
+        attention = self.attention
         projection = attention.qkv_proj
         if isinstance(projection.quant_method, KeepsKeyRows):
-            keys = nn.functional.linear(normed, *projection.quant_method.key_rows(projection))
+            keys = nn.functional.linear(states, *projection.quant_method.key_rows(projection))
         else:
-            fused, _ = projection(normed)
+            fused, _ = projection(states)
             first = attention.q_size
             keys = fused[:, first : first + attention.kv_size]
         keys = self._head_norm("k_norm", keys)
@@ -224,3 +243,7 @@ class LastTokenScorer(Scorer):
     def _one_head(self, states: torch.Tensor) -> torch.Tensor:
         # Rotary embeddings take queries and keys together; whatever is in the other side will do.
         return states.new_empty(len(states), self.attention.head_dim)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
