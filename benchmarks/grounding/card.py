@@ -8,7 +8,7 @@ from textwrap import fill
 
 from torch import Tensor
 
-from benchmarks.grounding.questions import EVERY_KIND
+from benchmarks.grounding.lessons import EVERY_TURN
 from benchmarks.grounding.recipe import Recipe
 from benchmarks.grounding.vocabulary import ATTRIBUTES
 
@@ -30,8 +30,8 @@ class Curve:
     def _clear(self) -> None:
         self.answering: list[list[float]] = []
         self.naming: list[list[float]] = []
-        self.asked = [0] * len(EVERY_KIND)
-        self.right = [0] * len(EVERY_KIND)
+        self.asked = [0] * len(EVERY_TURN)
+        self.right = [0] * len(EVERY_TURN)
 
     def add_naming(self, loss: Tensor, shares: Tensor) -> None:
         self.naming.append([loss.item(), *shares.tolist()])
@@ -44,7 +44,7 @@ class Curve:
     def close(self, phase: str, step: int) -> str:
         """Appends the row of that step and returns it as a line to print."""
         answering = _means(self.answering) or ["", ""]
-        every = zip(EVERY_KIND, self.right, self.asked, strict=True)
+        every = zip(EVERY_TURN, self.right, self.asked, strict=True)
         shares = {kind: f"{r / a:.3f}" if a else "" for kind, r, a in every if kind in self.kinds}
         cpu_s = f"{time.process_time():.0f}"
         values = (phase, str(step), cpu_s, *answering, *_means(self.naming))
@@ -70,28 +70,49 @@ def write_card(
     asked: int,
     done: Mapping[str, int],
     rows: list[dict[str, str]],
+    talks: Mapping[str, float] | None = None,
+    talks_held: int = 0,
 ) -> None:
+    """shares: exact answers to single questions by kind. talks: likewise in conversations, by how a turn follows."""
     folder = recipe.folder
     write_curve(folder / "curve.csv", rows)
-    table = "\n".join(f"| {kind} | {100 * share:.1f} % |" for kind, share in shares.items())
     story, shape = recipe.story, recipe.shape
     about = (
         f"A LLaVA-1.5 (CLIP tower, projector, {shape.text_layers}-layer Llama decoder, {shape.patches**2} visual "
         "tokens) small enough to be trained on two CPU cores. It answers questions about rendered scenes of labelled "
         f"shapes, and nothing else. {story.about}"
     )
+    seeing = (
+        "the weights of the guided model, then "
+        if recipe.seeing is None
+        else f"{done['seeing']} steps in which the tower learns to name what each patch shows, then "
+    )
+    questions = "conversations and single questions" if talks else "questions"
     training = (
-        f"`{story.command}`, seed 0: {done['seeing']} steps in which the tower learns to name what each patch shows, "
-        f"then {done['answering']} steps of questions, many about a picture in one pass, none seeing another, "
-        f"{story.tower}. Token routing has no part in training. `curve.csv` holds the learning curve (fresh training "
-        "pictures)."
+        f"`{story.command}`, seed 0: {seeing}{done['answering']} steps of {questions}, many about a picture in one "
+        f"pass, none seeing another, {story.tower}. Token routing has no part in training. `curve.csv` holds the "
+        "learning curve (fresh training pictures)."
     )
     paragraphs = {"about": about, "training": training, "looking": story.looking}
     filled = {name: fill(text, 119, break_on_hyphens=False) for name, text in paragraphs.items()}
-    card = CARD.format(title=story.title, table=table, asked=asked, **filled)
+    held = "" if talks is None else TALKS.format(table=_table(talks), count=talks_held)
+    card = CARD.format(title=story.title, table=_table(shares), asked=asked, talks=held, **filled)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def _table(shares: Mapping[str, float]) -> str:
+    return "\n".join(f"| {kind} | {100 * share:.1f} % |" for kind, share in shares.items())
+
+
+TALKS = """
+## Exact answers in conversations
+{count} conversations of two to four turns of the test split (`conversations.py`), each turn behind the model's own
+earlier answers, likewise.
+
+| turn | exact |
+|---|---|
+{table}
+"""
 CARD = """---
 license: apache-2.0
 pipeline_tag: image-text-to-text
@@ -116,7 +137,7 @@ Greedy, {asked} questions of the test split, weights as saved (bf16), computed i
 | kind | exact |
 |---|---|
 {table}
-
+{talks}
 ## Licence
 Apache-2.0.
 """

@@ -19,8 +19,9 @@ TARGET_LAYERS = range(13, 29)
 class Guide:
     """Where to look from the positions that are to say a word of an answer.
 
-    rows: int64 [pictures, rows], places on the picture's lines; -1 pads. subject, target: bool [pictures, rows, start],
-    tokens of the prompt start. It does not matter at which of the tokens a head looks.
+    rows: int64 [pictures, rows], places on the picture's lines; -1 pads. subject, target: bool [pictures, rows,
+    tokens], of the prompt start, or of it and the lines behind it where these show pictures, too. It does not matter
+    at which of the tokens a head looks.
     """
 
     rows: Tensor
@@ -35,7 +36,7 @@ def guidance_loss(
 
     queries, keys: of every layer, [pictures, start + tokens, head size]. owner: [pictures, tokens], as in `Lines`.
     """
-    start = guide.subject.shape[-1]
+    start = queries[0].shape[1] - owner.shape[1]
     guided = [*SUBJECT_LAYERS, *TARGET_LAYERS]
     rows = guide.rows.clamp(min=0)
     size = queries[0].shape[-1]
@@ -44,7 +45,7 @@ def guidance_loss(
     key = torch.stack([keys[layer] for layer in guided], dim=2)
     logits = torch.einsum("prld,ptld->prlt", query.float(), key.float()) * size**-0.5
     sees = _sees(owner, rows, start)[:, :, None]
-    likely = logits.masked_fill(~sees, -1e30).log_softmax(dim=-1)[..., :start]
+    likely = logits.masked_fill(~sees, -1e30).log_softmax(dim=-1)[..., : guide.subject.shape[-1]]
     wanted = torch.stack(
         [guide.subject if layer in SUBJECT_LAYERS else guide.target for layer in guided], dim=2
     )
@@ -53,7 +54,7 @@ def guidance_loss(
 
 
 def _sees(owner: Tensor, rows: Tensor, start: int) -> Tensor:
-    """Bool [pictures, rows, start + tokens]: the prompt start, and the question's own tokens up to the row."""
+    """Bool [pictures, rows, start + tokens]: the prompt start, and the conversation's tokens up to the row."""
     tokens = owner.shape[1]
     own = owner[:, None, :] == owner.gather(1, rows)[..., None]
     own &= torch.arange(tokens) <= rows[..., None]

@@ -1,6 +1,5 @@
 """Training batches: pictures, packed questions about them, where to look, and what each patch shows."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,9 +9,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from benchmarks.grounding.conversations import LENGTHS, TURN_KINDS, Turn, converse
 from benchmarks.grounding.guidance import Guide
-from benchmarks.grounding.packing import Lines, pack
-from benchmarks.grounding.questions import EVERY_KIND, NOTHING, Asked, ask
+from benchmarks.grounding.guides import guide, stacked
+from benchmarks.grounding.packing import Exchange, Lines, pack
+from benchmarks.grounding.questions import EVERY_KIND, ask
 from benchmarks.grounding.scenes import (
     GRID,
     IMAGE_SIZE,
@@ -22,23 +23,23 @@ from benchmarks.grounding.scenes import (
     sample_scene,
 )
 from benchmarks.grounding.vocabulary import (
-    ATTRIBUTES,
     CELLS,
-    IGNORED,
-    IMAGE_TOKEN,
-    PARTS,
     PATCH_SIZE,
     answer_tokens,
     attribute_indices,
-    prompt_start,
+    next_question_tokens,
     question_tokens,
-    token,
 )
 
-LINES, LINE_LENGTH = 5, 56
+# Lines and their length: of questions one by one, of conversations, and where these bring a second picture.
+ALONE, TALKS = (5, 56), (3, 96)
+TWO_PICTURES_LENGTH = 96
 # A question with its answer takes at least so many tokens.
 SHORTEST = 8
-COUNT = "count"
+# In lessons with conversations every so many-th step is of those with a second picture.
+TWO_PICTURES_EVERY = 3
+# What `Batch.kinds` counts through: a turn of a conversation by how it follows, a single question by what it asks.
+EVERY_TURN = (*EVERY_KIND, *TURN_KINDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +48,22 @@ class Batch:
     attributes: Tensor  # int64 [pictures, patches, attributes]: indices into vocabulary.ATTRIBUTES
     lines: Lines | None  # None if nothing is asked
     guide: Guide | None  # None too if nobody is told where to look
-    kinds: Tensor  # int64 [pictures, questions]: index into EVERY_KIND, -1 none
+    kinds: Tensor  # int64 [pictures, questions]: index into EVERY_TURN, -1 none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
     """What a step is about.
 
-    kinds: of questions, each as often as it is named; none if nothing is asked. guided: says where to look.
+    kinds: of single questions, each as often as it is named; none if nothing is asked. guided: says where to look.
+    talks: every second question begins a conversation.
     """
 
     pictures: int
     kinds: tuple[str, ...] = ()
     patch_size: int = PATCH_SIZE
     guided: bool = True
+    talks: bool = False
 
 
 class Lessons(Dataset):
@@ -73,106 +76,90 @@ class Lessons(Dataset):
     def __getitem__(self, step: int) -> Batch:
         pictures = self.lesson.pictures
         start = self.first_seed + (step * self.workers + self.worker) * pictures
-        return batch_of(range(start, start + pictures), self.lesson)
+        two = self.lesson.talks and step % TWO_PICTURES_EVERY == TWO_PICTURES_EVERY - 1
+        return batch_of(range(start, start + pictures), self.lesson, two)
 
 
-def batch_of(seeds: Sequence[int], lesson: Lesson) -> Batch:
-    """Scenes of those seeds, with random questions about each."""
+def batch_of(seeds: Sequence[int], lesson: Lesson, two_pictures: bool = False) -> Batch:
+    """Scenes of those seeds, with random questions about each, or with a conversation about it and the next one."""
     scenes = [sample_scene(seed) for seed in seeds]
     attributes = [patch_attributes(scene, lesson.patch_size) for scene in scenes]
     pixels = np.stack([np.asarray(render(scene)) for scene in scenes])
-    lines, guide, of_kind = (
-        _questions(scenes, attributes, lesson) if lesson.kinds else (None, None, torch.empty(0))
+    lines, where, of_kind = (
+        _questions(scenes, attributes, lesson, two_pictures)
+        if lesson.kinds
+        else (None, None, torch.empty(0))
     )
     return Batch(
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         attributes=torch.from_numpy(np.stack(attributes)),
         lines=lines,
-        guide=guide,
+        guide=where,
         kinds=of_kind,
     )
 
 
 def _questions(
-    scenes: Sequence[Scene], attributes: Sequence[np.ndarray], lesson: Lesson
+    scenes: Sequence[Scene], attributes: Sequence[np.ndarray], lesson: Lesson, two_pictures: bool
 ) -> tuple[Lines, Guide | None, Tensor]:
-    kinds, every_kind = lesson.kinds, list(EVERY_KIND)
-    packed, guides, of_kind = [], [], []
-    for scene, shown in zip(scenes, attributes, strict=True):
-        rng = np.random.default_rng([scene.seed, 3])
-        asked: list[tuple[str, Asked]] = []
-        while len(asked) < LINES * LINE_LENGTH // SHORTEST:
-            kind = kinds[int(rng.integers(len(kinds)))]
-            if (found := ask(scene, kind, rng)) is not None:
-                asked.append((kind, found))
-        words = [(question_tokens(a.text), answer_tokens(a.answer)) for _, a in asked]
-        packed.append(pack(words, LINES, LINE_LENGTH))
+    number, length = TALKS if lesson.talks else ALONE
+    if two_pictures:
+        number, length = 1, TWO_PICTURES_LENGTH + len(attributes[0])
+    packed, guide_of, of_kind = [], [], []
+    for first in range(len(scenes)):
+        second = (first + 1) % len(scenes)
+        rng = np.random.default_rng([scenes[first].seed, 3])
+        talks: list[Sequence[Turn]] = []
+        if two_pictures:
+            talks.append(_two_pictures(scenes[first], scenes[second], rng))
+        while sum(map(len, talks)) < number * length // SHORTEST:
+            talks.append(_about(scenes[first], lesson, rng))
+        words = [exchanges(talk, len(attributes[first])) for talk in talks]
+        packed.append(pack(words, number, length))
+        turns = [turn for talk in talks for turn in talk]
         if lesson.guided:
-            guides.append(_guide(packed[-1], asked, shown))
-        laid_out = int(packed[-1]["owner"].max()) + 1
-        numbers = [every_kind.index(kind) for kind, _ in asked]
-        of_kind.append([*numbers[:laid_out], *[-1] * (len(asked) - laid_out)])
+            shown = (attributes[first], attributes[second])
+            guide_of.append(guide(packed[-1], turns, shown))
+        laid_out = int(packed[-1]["question"].max()) + 1
+        numbers = [EVERY_TURN.index(turn.kind) for turn in turns]
+        of_kind.append(numbers[:laid_out])
     lines = Lines(**{name: torch.stack([each[name] for each in packed]) for name in packed[0]})
-    return lines, _stacked(guides) if guides else None, torch.tensor(of_kind)
+    most = max(map(len, of_kind))
+    kinds = torch.tensor([[*each, *[-1] * (most - len(each))] for each in of_kind])
+    return lines, stacked(guide_of) if guide_of else None, kinds
 
 
-def _stacked(guides: Sequence[dict]) -> Guide:
-    most = max(len(each["rows"]) for each in guides)
-    fill = {"rows": -1, "subject": False, "target": False}
-    return Guide(
-        **{
-            name: torch.from_numpy(np.stack([_padded(each[name], most, value) for each in guides]))
-            for name, value in fill.items()
-        }
-    )
+def _about(scene: Scene, lesson: Lesson, rng: np.random.Generator) -> Sequence[Turn]:
+    """A single question about the scene, or a conversation."""
+    while True:
+        if lesson.talks and rng.random() < 0.5:
+            found = converse([scene], int(rng.choice(LENGTHS)), rng)
+            if found is not None:
+                return found.turns
+        kind = lesson.kinds[int(rng.integers(len(lesson.kinds)))]
+        if (asked := ask(scene, kind, rng)) is not None:
+            return (Turn(kind=kind, question=kind, asked=asked, picture=0),)
 
 
-def _guide(fields: dict, asked: list[tuple[str, Asked]], shown: np.ndarray) -> dict:
-    """The fields of `Guide` for one picture: a row for every word of an answer but its end."""
-    targets, owner = fields["targets"].flatten().numpy(), fields["owner"].flatten().numpy()
-    rows = np.flatnonzero((targets != IGNORED) & (targets != token("</s>")))
-    first = {number: rows[owner[rows] == number][0] for number in np.unique(owner[rows])}
-    looks = [_looks(*asked[int(owner[row])], row - first[owner[row]], shown) for row in rows]
-    subject, target = map(np.stack, zip(*looks, strict=True))
-    return {"rows": rows, "subject": subject, "target": target}
+def _two_pictures(first: Scene, second: Scene, rng: np.random.Generator) -> Sequence[Turn]:
+    while True:
+        found = converse([first, second], int(rng.choice(LENGTHS)), rng)
+        if found is not None:
+            return found.turns
 
 
-def _looks(kind: str, question: Asked, word: int, shown: np.ndarray) -> list[np.ndarray]:
-    """Bool [start] twice: where subject and target are when that word of the answer is to be said.
-
-    Counting names places in turn: its subject is all that are left, its target the next one. Where nothing is left,
-    it looks at the first token of the prompt.
-    """
-    subject, target = question.subject, question.target
-    if kind == COUNT:
-        subject, target = target[word:], target[word : word + 1]
-    nothing = np.arange(len(prompt_start(len(shown)))) == 0
-    return [tokens_of(places, shown) if places else nothing for places in (subject, target)]
-
-
-def tokens_of(places: Sequence[tuple[int, int]], shown: np.ndarray) -> np.ndarray:
-    """Bool [start]: the tokens that show those places' things, or all of a place if it is empty."""
-    start = prompt_start(len(shown))
-    first = start.index(token(IMAGE_TOKEN))
-    side = math.isqrt(len(shown))
-    per_place = side // GRID
-    part = shown[:, list(ATTRIBUTES).index("part")].reshape(side, side)
-    patches = np.zeros((side, side), dtype=bool)
-    for row, column in places:
-        place = (
-            slice(row * per_place, (row + 1) * per_place),
-            slice(column * per_place, (column + 1) * per_place),
-        )
-        thing = part[place] != PARTS.index(NOTHING)
-        patches[place] = thing if thing.any() else True
-    tokens = np.zeros(len(start), dtype=bool)
-    tokens[first : first + len(shown)] = patches.flatten()
-    return tokens
-
-
-def _padded(rows: np.ndarray, most: int, value: int | bool) -> np.ndarray:
-    width = [(0, most - len(rows)), *[(0, 0)] * (rows.ndim - 1)]
-    return np.pad(rows, width, constant_values=value)
+def exchanges(turns: Sequence[Turn], visual: int) -> list[Exchange]:
+    """A conversation's token ids behind its prompt start. visual: tokens of a picture."""
+    found = []
+    for number, turn in enumerate(turns):
+        text, answer = turn.asked.text, answer_tokens(turn.asked.answer)
+        if number == 0:
+            question = question_tokens(text)
+        else:
+            new_picture = turn.picture != turns[number - 1].picture
+            question = next_question_tokens(text, visual * new_picture)
+        found.append((question, answer))
+    return found
 
 
 def patch_attributes(scene: Scene, patch_size: int = PATCH_SIZE) -> np.ndarray:

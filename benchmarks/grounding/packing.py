@@ -1,13 +1,15 @@
-"""Many questions about one picture in one pass, each computed as if it were asked alone.
+"""Many conversations about one picture in one pass, each computed as if it were held alone.
 
-A picture's prompt start (with its visual tokens) is computed once. Questions are laid out behind each other on lines;
-each sees the prompt start and itself, never another question, and its rope positions follow the prompt start's.
+A picture's prompt start (with its visual tokens) is computed once. Conversations, most of them one question, are laid
+out behind each other on lines; each sees the prompt start and itself, never another one, and its rope positions follow
+the prompt start's. A later turn may bring a second picture: that of the batch's next picture, the last one's the first.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
 
 from benchmarks.grounding import layer_passes
@@ -16,12 +18,15 @@ from benchmarks.grounding.vocabulary import IGNORED, prompt_start, token
 
 @dataclass(frozen=True, kw_only=True)
 class Lines:
-    """Questions with their answers; all tensors are int64 [pictures, lines, length]."""
+    """Conversations: questions with their answers; all tensors are int64 [pictures, lines, length]."""
 
     ids: Tensor  # what the model reads
     targets: Tensor  # what it is to say next; IGNORED outside answers
-    owner: Tensor  # which question of the picture a token belongs to; -1 is padding
-    offset: Tensor  # place within its question
+    owner: Tensor  # which conversation about the picture a token belongs to; -1 is padding
+    question: (
+        Tensor  # which question about the picture, counted through its conversations; -1 is padding
+    )
+    offset: Tensor  # place within its conversation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +42,12 @@ class Pass:
     keys: tuple[Tensor, ...]
 
 
-def pack(exchanges: list[tuple[tuple[int, ...], tuple[int, ...]]], lines: int, length: int) -> dict:
-    """Lays (question tokens, answer tokens) pairs of one picture on lines, as many as fit.
+# Token ids of a question, from where the last answer ended, and of its answer, which ends with `</s>`.
+Exchange = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def pack(conversations: Sequence[Sequence[Exchange]], lines: int, length: int) -> dict:
+    """Lays conversations about one picture on lines, as many as fit. An answer's end is said, but not read.
 
     Returns the fields of `Lines`, [lines, length] each.
     """
@@ -46,21 +55,25 @@ def pack(exchanges: list[tuple[tuple[int, ...], tuple[int, ...]]], lines: int, l
         "ids": torch.full((lines, length), token("<pad>")),
         "targets": torch.full((lines, length), IGNORED),
         "owner": torch.full((lines, length), -1),
+        "question": torch.full((lines, length), -1),
         "offset": torch.zeros((lines, length), dtype=torch.int64),
     }
-    line = used = 0
-    for number, (question, answer) in enumerate(exchanges):
-        size = len(question) + len(answer) - 1
+    line = used = asked = 0
+    for number, conversation in enumerate(conversations):
+        size = sum(len(question) + len(answer) - 1 for question, answer in conversation)
         if used + size > length:
             line, used = line + 1, 0
         if line == lines:
             break
-        here = (line, slice(used, used + size))
-        fields["ids"][here] = torch.tensor([*question, *answer[:-1]])
-        fields["targets"][line, used + len(question) - 1 : used + size] = torch.tensor(answer)
-        fields["owner"][here] = number
-        fields["offset"][here] = torch.arange(size)
-        used += size
+        here = slice(used, used + size)
+        fields["owner"][line, here] = number
+        fields["offset"][line, here] = torch.arange(size)
+        for question, answer in conversation:
+            end = used + len(question) + len(answer) - 1
+            fields["ids"][line, used:end] = torch.tensor([*question, *answer[:-1]])
+            fields["targets"][line, used + len(question) - 1 : end] = torch.tensor(answer)
+            fields["question"][line, used:end] = asked
+            used, asked = end, asked + 1
     return fields
 
 
@@ -98,7 +111,7 @@ def answer_pass(
             embed(start[:first]).expand(pictures, -1, -1),
             visual,
             embed(start[first + visual.shape[1] :]).expand(pictures, -1, -1),
-            embed(lines.ids.flatten(1)),
+            _embedded(embed, lines.ids.flatten(1), visual, model.config.image_token_index),
         ],
         dim=1,
     )
@@ -117,6 +130,15 @@ def answer_pass(
     wanted = lines.targets.flatten(1) != IGNORED
     logits = model.lm_head(decoder.norm(stream[:, len(start) :][wanted]))
     return Pass(logits=logits, queries=tuple(queries), keys=tuple(keys))
+
+
+def _embedded(embed: nn.Module, ids: Tensor, visual: Tensor, image_token: int) -> Tensor:
+    """[pictures, tokens] -> [pictures, tokens, width]; image tokens are the next picture's visual tokens."""
+    embedded = embed(ids)
+    second = ids == image_token
+    if second.any():
+        embedded = embedded.index_put((second,), visual.roll(-1, 0)[second.any(1)].flatten(0, 1))
+    return embedded
 
 
 def _line_mask(lines: Lines, start: int) -> Tensor:

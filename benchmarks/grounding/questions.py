@@ -103,7 +103,7 @@ def _where(scene: Scene, rng: np.random.Generator) -> Asked:
 
 def _at(scene: Scene, rng: np.random.Generator) -> Asked:
     places = [(row, column) for row in range(GRID) for column in range(GRID)]
-    place, thing = _maybe_empty([(place, scene.thing_at(*place)) for place in places], rng)
+    place, thing = maybe_empty([(place, scene.thing_at(*place)) for place in places], rng)
     answer = thing.name if thing else NOTHING
     return Asked(f"What is at {cell_name(*place)}?", answer, (place,), (place,))
 
@@ -139,7 +139,7 @@ def _places_and_number(words: str, counted: list[Thing]) -> Asked:
 
 def _beside(scene: Scene, rng: np.random.Generator) -> Asked | None:
     options = [(d, t, p, scene.thing_at(*p)) for d, t, p in _neighbours(scene, scene.things)]
-    direction, thing, place, other = _maybe_empty(options, rng)
+    direction, thing, place, other = maybe_empty(options, rng)
     return Asked(
         f"What is {direction} the {thing.name}?",
         other.name if other else NOTHING,
@@ -167,9 +167,9 @@ def _beside_place(scene: Scene, rng: np.random.Generator) -> Asked:
         (direction, (row, column), place, scene.thing_at(*place))
         for row in range(GRID)
         for column in range(GRID)
-        for direction, place in _next_places(row, column)
+        for direction, place in next_places(row, column)
     ]
-    direction, start, place, other = _maybe_empty(options, rng)
+    direction, start, place, other = maybe_empty(options, rng)
     answer = other.name if other else NOTHING
     return Asked(f"What is {direction} {cell_name(*start)}?", answer, (place,), (place,))
 
@@ -263,11 +263,11 @@ def _neighbours(scene: Scene, things: tuple[Thing, ...]) -> list:
     return [
         (direction, thing, place)
         for thing in things
-        for direction, place in _next_places(thing.row, thing.column)
+        for direction, place in next_places(thing.row, thing.column)
     ]
 
 
-def _next_places(row: int, column: int) -> list[tuple[str, Place]]:
+def next_places(row: int, column: int) -> list[tuple[str, Place]]:
     """(direction, next place that way), where it is inside the grid."""
     return [
         (direction, (row + down, column + right))
@@ -276,7 +276,7 @@ def _next_places(row: int, column: int) -> list[tuple[str, Place]]:
     ]
 
 
-def _maybe_empty(options: list, rng: np.random.Generator) -> tuple:
+def maybe_empty(options: list, rng: np.random.Generator) -> tuple:
     """One of `options`, whose last item is a thing or None: None for EMPTY_SHARE of all, if both occur."""
     full = [option for option in options if option[-1] is not None]
     empty = [option for option in options if option[-1] is None]

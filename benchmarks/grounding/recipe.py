@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.grounding.conversations import TURN_KINDS
 from benchmarks.grounding.guidance import SUBJECT_LAYERS, TARGET_LAYERS
 from benchmarks.grounding.lessons import Lesson
 from benchmarks.grounding.new_model import Shape
@@ -42,7 +43,8 @@ class Story:
 class Recipe:
     """folder: of the checkpoint. kinds: it is to answer. named: attributes that its visual tokens learn to name.
 
-    starts_looking: the decoder's attention starts as in `first_looks`, else as in `new_model`.
+    starts_looking: the decoder's attention starts as in `first_looks`, else as in `new_model`. learnt_from: folder of
+    the checkpoint whose weights it starts from; such a model need not learn to see.
     """
 
     folder: Path
@@ -51,12 +53,19 @@ class Recipe:
     kinds: tuple[str, ...]
     named: tuple[str, ...]
     starts_looking: bool
-    seeing: Phase
+    seeing: Phase | None
     answering: Phase
+    learnt_from: Path | None = None
 
     @property
     def phases(self) -> dict[str, Phase]:
-        return {"seeing": self.seeing, "answering": self.answering}
+        phases = {"seeing": self.seeing, "answering": self.answering}
+        return {name: phase for name, phase in phases.items() if phase is not None}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of its learning curve: what is asked."""
+        return (*self.kinds, *(TURN_KINDS if self.answering.lesson.talks else ()))
 
 
 def _ends(layers: range) -> str:
@@ -150,7 +159,36 @@ WITNESS = Recipe(
         cooldown=0.4,
     ),
 )
-RECIPES = {"guided": GUIDED, "witness": WITNESS}
+CONVERSING = Recipe(
+    folder=HERE / "conversing",
+    story=Story(
+        title="A model for conversations",
+        about=(
+            "It goes on where the guided model ends and learns what that never saw: questions after others, some about "
+            "what was asked before, some with a second picture."
+        ),
+        command="python -m benchmarks.grounding.train --recipe conversing",
+        tower="with the tower left as it was",
+        looking=(
+            "**Guided attention.** As in the guided model: one head of each layer is told where to look, in the "
+            "picture that the question is about; the guidance fades to nothing before training ends."
+        ),
+    ),
+    shape=GUIDED.shape,
+    kinds=GUIDED.kinds,
+    named=GUIDED.named,
+    starts_looking=False,
+    learnt_from=GUIDED.folder,
+    seeing=None,
+    answering=Phase(
+        steps=1000,
+        lesson=Lesson(pictures=6, kinds=(*KINDS, *HARDER), talks=True),
+        first_seed=5 * 10**8,
+        rates=(0.0, 0.006, 1e-3),
+        cooldown=0.5,
+    ),
+)
+RECIPES = {"guided": GUIDED, "witness": WITNESS, "conversing": CONVERSING}
 
 
 def kinds_of(folder: Path) -> tuple[str, ...]:

@@ -2,9 +2,10 @@
 
     python -m benchmarks.grounding.train
     python -m benchmarks.grounding.train --recipe witness
+    python -m benchmarks.grounding.train --recipe conversing
 
-First the vision tower learns to name what each patch shows, then everything learns to answer. State is kept under
-.local/grounding; --resume goes on from there.
+First the vision tower learns to name what each patch shows, then everything learns to answer; the conversing model
+goes on from the guided one. State is kept under .local/grounding; --resume goes on from there.
 """
 
 import argparse
@@ -25,16 +26,18 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.grounding.card import Curve, write_card
+from benchmarks.grounding.conversations import conversations
 from benchmarks.grounding.evaluate import accuracy_by_kind, load
+from benchmarks.grounding.evaluate_talks import accuracy_by_turn
 from benchmarks.grounding.export import export
 from benchmarks.grounding.first_looks import start_looking
 from benchmarks.grounding.guidance import guidance_loss
 from benchmarks.grounding.layer_passes import compiled_decoder_layer, compiled_vision_layer
-from benchmarks.grounding.lessons import Batch, Lessons, normalise
+from benchmarks.grounding.lessons import EVERY_TURN, Batch, Lessons, normalise
 from benchmarks.grounding.muon import Muon
 from benchmarks.grounding.new_model import new_model, read_as_spoken
 from benchmarks.grounding.packing import Lines, answer_pass, visual_tokens
-from benchmarks.grounding.questions import EVERY_KIND, questions
+from benchmarks.grounding.questions import questions
 from benchmarks.grounding.recipe import RECIPES, Phase, Recipe
 from benchmarks.grounding.vocabulary import ATTRIBUTES, IGNORED, attribute_tokens
 
@@ -44,7 +47,7 @@ NAMING_WEIGHT = 1.0
 # Guidance stays whole for this share of answering, then fades to nothing.
 GUIDED, FADING = 0.7, 0.25
 SAVE_EVERY = 50
-TEST_QUESTIONS = 2007
+TEST_QUESTIONS, TEST_TALKS = 2007, 300
 DTYPE = torch.bfloat16
 
 
@@ -90,19 +93,19 @@ def naming_loss(
 
 
 def right_by_kind(logits: Tensor, lines: Lines, kinds: Tensor) -> tuple[Tensor, Tensor]:
-    """Per kind in EVERY_KIND: how many were asked, and how many had all tokens likeliest in turn.
+    """Per kind in EVERY_TURN: how many were asked, and how many had all tokens likeliest in turn.
 
     kinds: as a `Batch` has them.
     """
     wanted = lines.targets != IGNORED
     wrong_tokens = logits.argmax(-1) != lines.targets[wanted]
     pictures, most = kinds.shape
-    question = torch.arange(pictures)[:, None, None] * most + lines.owner
+    question = torch.arange(pictures)[:, None, None] * most + lines.question
     wrong = torch.zeros(pictures * most).index_add_(0, question[wanted], wrong_tokens.float())
     kinds = kinds.flatten()
     return (
-        kinds[kinds >= 0].bincount(minlength=len(EVERY_KIND)),
-        kinds[(kinds >= 0) & (wrong == 0)].bincount(minlength=len(EVERY_KIND)),
+        kinds[kinds >= 0].bincount(minlength=len(EVERY_TURN)),
+        kinds[(kinds >= 0) & (wrong == 0)].bincount(minlength=len(EVERY_TURN)),
     )
 
 
@@ -151,7 +154,10 @@ class Trainer:
         """state: file that progress is kept in."""
         self.recipe, self.state, self.worker, self.workers = recipe, state, worker, workers
         self.model = new_model(recipe.shape, seed=0)
-        self.curve = Curve(recipe.kinds)
+        if recipe.learnt_from is not None:
+            learnt, _ = load(recipe.learnt_from, torch.float32)
+            self.model.load_state_dict(learnt.state_dict())
+        self.curve = Curve(recipe.columns)
         self.done = dict.fromkeys(recipe.phases, 0)
         self.optimizer_state: list[dict] | None = None
         if resume:
@@ -175,7 +181,7 @@ class Trainer:
         os.replace(self.state.with_suffix(".new"), self.state)
 
     def run(self) -> None:
-        if self.done["answering"] == 0:
+        if self.recipe.seeing is not None and self.done["answering"] == 0:
             self._run("seeing")
             self._settle()
             self.optimizer_state = None
@@ -184,6 +190,7 @@ class Trainer:
     @torch.no_grad()
     def _settle(self) -> None:
         """Gives visual tokens the size of word embeddings, and input words the output words as they are now."""
+        assert self.recipe.seeing is not None
         pixels = normalise(Lessons(self.recipe.seeing.lesson, first_seed=0)[0].pixels)
         size = visual_tokens(self.model, pixels).pow(2).mean().sqrt()
         last = self.model.model.multi_modal_projector.linear_2
@@ -275,8 +282,13 @@ def finish(name: str) -> None:
     model.load_state_dict(state["model"])
     export(model, recipe.folder)
     asked = tqdm(questions("test", TEST_QUESTIONS, recipe.kinds), total=TEST_QUESTIONS, desc="test")
-    shares = accuracy_by_kind(*load(recipe.folder, torch.float32), asked)
-    write_card(recipe, shares, TEST_QUESTIONS, state["done"], state["curve"])
+    trained = load(recipe.folder, torch.float32)
+    shares = accuracy_by_kind(*trained, asked)
+    talks = None
+    if recipe.answering.lesson.talks:
+        held = tqdm(conversations("test", TEST_TALKS), total=TEST_TALKS, desc="conversations")
+        talks = accuracy_by_turn(*trained, held)
+    write_card(recipe, shares, TEST_QUESTIONS, state["done"], state["curve"], talks, TEST_TALKS)
 
 
 def main() -> None:

@@ -140,6 +140,14 @@ def question_tokens(text: str) -> tuple[int, ...]:
     return encode(text + " ASSISTANT:")
 
 
+def next_question_tokens(text: str, visual: int = 0) -> tuple[int, ...]:
+    """What follows an answer in a conversation, up to where the next one starts; with a picture of so many tokens."""
+    if not visual:
+        return encode(f" USER: {text} ASSISTANT:")
+    picture = [token(IMAGE_TOKEN)] * visual
+    return (*encode(" USER: "), *picture, *encode("\n"), *question_tokens(text))
+
+
 def answer_tokens(answer: str) -> tuple[int, ...]:
     return (*encode(" " + answer), token("</s>"))
 

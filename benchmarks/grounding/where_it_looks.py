@@ -20,7 +20,8 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from benchmarks.grounding.evaluate import MODEL, load, prompt
-from benchmarks.grounding.lessons import patch_attributes, tokens_of
+from benchmarks.grounding.guides import tokens_of
+from benchmarks.grounding.lessons import patch_attributes
 from benchmarks.grounding.questions import SPLITS, TWO_LOOKS, ask
 from benchmarks.grounding.recipe import kinds_of
 from benchmarks.grounding.scenes import render, sample_scene

@@ -102,11 +102,13 @@ async def _ask_all(
             tasks.create_task(in_turn(client, prompt))
 
 
-async def ask(client: openai.AsyncOpenAI, model: str, prompt: Prompt) -> Outcome:
-    """The outcome of one request, whatever happens to it."""
+async def ask(
+    client: openai.AsyncOpenAI, model: str, prompt: Prompt, messages: list | None = None
+) -> Outcome:
+    """The outcome of one request, whatever happens to it. messages: more than the prompt's own."""
     try:
         reply = await client.chat.completions.create(
-            model=model, messages=prompt.messages, **SAMPLING
+            model=model, messages=messages or prompt.messages, **SAMPLING
         )
         answer, finish_reason = answer_in(reply)
     except (openai.OpenAIError, ValueError) as error:

@@ -110,7 +110,7 @@ def results(rows: Sequence[Row], digests: Sequence[str], not_run: Mapping[str, s
             "count": len(digests),
             **({k: rows[0].about[k] for k in SHARED} if rows else {}),
         },
-        "ran": _ran(rows),
+        "ran": ran(rows),
         "complete": not not_run and all(row.status == "complete" for row in rows),
         "configurations": [_configuration(row) for row in rows],
         "not_run": dict(not_run),
@@ -125,7 +125,7 @@ def _tables(rows: Sequence[Row]) -> dict[str, list[dict]]:
     return {"squares": squares(outcomes, budgets), "looks": looks(outcomes, budgets)}
 
 
-def _ran(rows: Sequence[Row]) -> dict[str, list[str]]:
+def ran(rows: Sequence[Row]) -> dict[str, list[str]]:
     """What outcomes were made with and when: every value that occurs, oldest first."""
     runs = sorted((run for row in rows for run in row.runs), key=lambda run: run["date"])
     keys = dict.fromkeys(key for run in runs for key in run if key != "note")
@@ -142,12 +142,12 @@ def _configuration(row: Row) -> dict:
         "note": row.note,
         "status": row.status,
         "not_asked": row.missing,
-        **_scored(row.score),
-        "by_kind": {kind: _scored(score) for kind, score in row.by_kind.items()},
+        **scored(row.score),
+        "by_kind": {kind: scored(score) for kind, score in row.by_kind.items()},
     }
 
 
-def _scored(score: Score) -> dict:
+def scored(score: Score) -> dict:
     return {
         "correct": score.correct,
         "answered": score.answered,

@@ -65,9 +65,34 @@ class _Lines(io.TextIOBase):
         return len(text)
 
 
+# Gets each outcome as soon as it is there.
+Record = Callable[[Outcome], None]
+# Asks an endpoint the questions of those numbers, so many requests at once.
+AskMissing = Callable[[Endpoint, Sequence[int], int, Record], None]
+
+
 def run(
     wanted: Sequence[Configuration],
     prompts: Sequence[Prompt],
+    serving: Serving,
+    fingerprint: str,
+    folder: Path,
+) -> dict[str, str]:
+    """Asks every prompt by itself; otherwise as `run_rows`."""
+    return run_rows(wanted, prompts, one_by_one(prompts), serving, fingerprint, folder)
+
+
+def one_by_one(prompts: Sequence[Prompt]) -> AskMissing:
+    def ask(endpoint: Endpoint, missing: Sequence[int], concurrency: int, record: Record) -> None:
+        ask_all(endpoint, [prompts[index] for index in missing], concurrency, record)
+
+    return ask
+
+
+def run_rows(
+    wanted: Sequence[Configuration],
+    prompts: Sequence[Prompt],
+    ask: AskMissing,
     serving: Serving,
     fingerprint: str,
     folder: Path,
@@ -94,14 +119,9 @@ def run(
             try:
                 with contextlib.ExitStack() as stack:
                     with progress.server_lines():
-                        endpoint = stack.enter_context(serving.serve(each, prompts[missing[0]]))
+                        endpoint = stack.enter_context(serving.serve(each, prompts[0]))
                     ask_missing(
-                        endpoint,
-                        files[each.name],
-                        prompts,
-                        serving.concurrency,
-                        each.note,
-                        progress,
+                        endpoint, files[each.name], ask, serving.concurrency, each.note, progress
                     )
             except (RuntimeError, ValueError, OSError, openai.OpenAIError) as error:
                 progress.say(f"{each.name} was not run: {error}")
@@ -144,7 +164,7 @@ def run_own_server(
         ask_missing(
             endpoint,
             file,
-            prompts,
+            one_by_one(prompts),
             concurrency,
             f"a server of its own, model `{endpoint.model}`",
             progress,
@@ -156,7 +176,7 @@ def run_own_server(
 def ask_missing(
     endpoint: Endpoint,
     file: OutcomeFile,
-    prompts: Sequence[Prompt],
+    ask: AskMissing,
     concurrency: int,
     note: str,
     progress: Progress,
@@ -171,7 +191,7 @@ def ask_missing(
         file.add(outcome)
         progress.add(outcome)
 
-    ask_all(endpoint, [prompts[index] for index in missing], concurrency, record)
+    ask(endpoint, missing, concurrency, record)
 
 
 def identity(configuration: Configuration, serving: Serving, fingerprint: str) -> dict:

@@ -27,6 +27,7 @@ class Serving:
     """How servers are started.
 
     model: checkpoint folder of all but downsampled configurations. folder: for their checkpoints, and for logs.
+    pictures: of a prompt at most. prefix_cache: what prompts have in common is run once.
     """
 
     model: Path
@@ -35,10 +36,12 @@ class Serving:
     dtype: str
     concurrency: int
     start_limit_s: float
+    pictures: int = 1
+    prefix_cache: bool = False
 
     def flags(self) -> list[str]:
         """What all servers are started with."""
-        room = self.shape.visual_tokens + TEXT_ROOM
+        room = self.pictures * self.shape.visual_tokens + TEXT_ROOM
         flags = {
             "--served-model-name": SERVED_NAME,
             "--dtype": self.dtype,
@@ -47,11 +50,12 @@ class Serving:
             "--max-num-batched-tokens": STEP_PROMPTS * room,
             # Twice what dense requests need, for blocks that are not full.
             "--kv-cache-memory-bytes": 2 * self.concurrency * room * self.shape.kv_bytes,
-            # Every question has a picture of its own.
+            # Preparing a picture again costs less than keeping it.
             "--mm-processor-cache-gb": 0,
         }
         words = [str(word) for pair in flags.items() for word in pair]
-        return [*words, "--enforce-eager", "--no-enable-prefix-caching"]
+        cache = "--enable-prefix-caching" if self.prefix_cache else "--no-enable-prefix-caching"
+        return [*words, "--enforce-eager", cache]
 
     @contextlib.contextmanager
     def serve(self, configuration: Configuration, probe: Prompt) -> Iterator[Endpoint]:

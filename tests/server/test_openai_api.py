@@ -11,8 +11,12 @@ import numpy as np
 import openai
 import pytest
 
+from benchmarks.grounding.conversations import conversations
 from benchmarks.local_model import TINY, build_local_model
 from benchmarks.local_server import LocalServer
+from benchmarks.quality.asking import Endpoint
+from benchmarks.quality.conversations.talking import hold_all, talks_of, turns_of
+from benchmarks.quality.outcomes import Outcome
 from tests.server.chat import (
     MAX_TOKENS,
     MODEL_NAME,
@@ -199,6 +203,15 @@ def _footprint(server: LocalServer, tier: int, num_images: int, answer: Any) -> 
         bytes_per_token=2 * TINY.kv_heads * (TINY.hidden_size // TINY.heads) * 4,
         block_size=int(server.label("vllm:cache_config_info", "block_size")),
     )
+
+
+def test_conversations_are_held_to_their_ends(server: LocalServer) -> None:
+    """As their table is made; the fourth one has a second picture."""
+    talks = talks_of(conversations("test", 4))
+    outcomes: list[Outcome] = []
+    hold_all(Endpoint(url=f"{server.url}/v1", model=MODEL_NAME), talks, 4, outcomes.append)
+    assert [each.error for each in outcomes] == [None] * len(turns_of(talks))
+    assert sorted(each.index for each in outcomes) == list(range(len(outcomes)))
 
 
 def test_startup_log_states_the_schedule(server: LocalServer, client: openai.OpenAI) -> None:

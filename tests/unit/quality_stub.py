@@ -26,20 +26,22 @@ class Reply:
 
 @dataclass
 class Stub:
-    """asked: texts of all requests so far. at_once: most requests under way at the same time."""
+    """asked: last texts of all requests so far, which are in `requests`. at_once: most requests under way at a time."""
 
     reply_to: Callable[[str], Reply]
     url: str = ""
     asked: list[str] = field(default_factory=list)
+    requests: list[dict] = field(default_factory=list)
     at_once: int = 0
     _now: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def handle(self, request: dict) -> Reply:
-        (message,) = request["messages"]
+        message = request["messages"][-1]
         text = " ".join(part["text"] for part in message["content"] if part["type"] == "text")
         with self._lock:
             self.asked.append(text)
+            self.requests.append(request)
             self._now += 1
             self.at_once = max(self.at_once, self._now)
         reply = self.reply_to(text)

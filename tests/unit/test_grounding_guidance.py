@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks.grounding.guidance import SUBJECT_LAYERS, TARGET_LAYERS, Guide, guidance_loss
-from benchmarks.grounding.lessons import COUNT, Lesson, batch_of
+from benchmarks.grounding.guides import COUNT
+from benchmarks.grounding.lessons import EVERY_TURN, Lesson, batch_of
 from benchmarks.grounding.questions import EVERY_KIND, KINDS
 from benchmarks.grounding.scenes import GRID
 from benchmarks.grounding.vocabulary import (
@@ -88,6 +89,32 @@ def test_counting_looks_at_what_it_names_and_has_the_rest_in_view(batch):
             named = []
         most = max(most, len(named))
     assert most > 1
+
+
+def test_in_conversations_it_looks_at_the_picture_that_is_asked_about():
+    seen = set()
+    for two_pictures in (False, True):
+        lesson = Lesson(pictures=4, kinds=("where",), talks=True)
+        batch = batch_of(range(40, 44), lesson, two_pictures)
+        for picture, rows in enumerate(batch.guide.rows):
+            ids, owner, question = (
+                getattr(batch.lines, name)[picture].flatten()
+                for name in ("ids", "owner", "question")
+            )
+            shown = (ids == token(IMAGE_TOKEN)).nonzero().flatten().tolist()
+            for number, row in enumerate(rows[rows >= 0].tolist()):
+                # The second picture, if it came earlier in the same conversation.
+                new = bool(shown) and row > shown[-1] and owner[row] == owner[shown[0]]
+                first = set(range(len(prompt_start())))
+                places = {len(first) + place for place in shown} if new else first
+                for role in (batch.guide.subject, batch.guide.target):
+                    looked = role[picture, number].nonzero().flatten().tolist()
+                    # Where nothing is left to count, at the first token.
+                    assert looked == [BOS] or (looked and set(looked) <= places)
+                kind = EVERY_TURN[batch.kinds[picture, question[row]]]
+                seen.add((kind, bool(new)))
+    assert {("same", False), ("beside it", False), ("new picture", True)} <= seen
+    assert ("new picture", False) not in seen
 
 
 def looking_at(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from benchmarks.grounding.evaluate import load
 from benchmarks.grounding.lessons import Lessons
 from benchmarks.grounding.new_model import new_model
 from benchmarks.grounding.recipe import RECIPES
-from benchmarks.grounding.train import guidance_weight, optimizers, rate, set_rates
+from benchmarks.grounding.train import Trainer, guidance_weight, optimizers, rate, set_rates
+from benchmarks.grounding.vocabulary import IMAGE_TOKEN, token
 
 PHASES = [
     pytest.param(recipe, name, id=f"{made}-{name}")
@@ -70,3 +72,17 @@ def test_the_witness_is_not_told_where_to_look():
     assert len(layers) == recipe.shape.text_layers
     assert {id(layer) for layer in layers} == {id(layer) for layer in layers[:4]}
     assert all(layers[n] is layers[n % 4] for n in range(len(layers)))
+
+
+def test_the_conversing_model_goes_on_from_the_guided_one(tmp_path):
+    recipe = RECIPES["conversing"]
+    assert list(recipe.phases) == ["answering"] and recipe.learnt_from == RECIPES["guided"].folder
+    trainer = Trainer(recipe, tmp_path / "state.pt", worker=0, workers=1, resume=False)
+    learnt = load(recipe.learnt_from, torch.float32)[0].state_dict()
+    assert all(torch.equal(learnt[n], weight) for n, weight in trainer.model.state_dict().items())
+
+
+def test_every_third_lesson_in_conversing_has_second_pictures():
+    lessons = Lessons(RECIPES["conversing"].answering.lesson, first_seed=0)
+    image = [(lessons[step].lines.ids == token(IMAGE_TOKEN)).any().item() for step in range(6)]
+    assert image == [False, False, True] * 2

@@ -2,9 +2,14 @@
 
 import pytest
 
+from benchmarks.grounding.conversations import conversations
 from benchmarks.grounding.evaluate import prompt
+from benchmarks.grounding.evaluate_talks import messages
+from benchmarks.grounding.lessons import exchanges
 from benchmarks.grounding.questions import questions
+from benchmarks.grounding.scenes import render
 from benchmarks.grounding.vocabulary import (
+    VISUAL_TOKENS,
     WORDS,
     answer_tokens,
     encode,
@@ -45,3 +50,20 @@ def test_training_sees_the_tokens_that_serving_sees(processor):
             *question_tokens(question.text),
             *answer_tokens(question.answer)[:-1],
         ]
+
+
+def test_conversations_are_trained_as_they_are_served(processor):
+    """Answers in the history have no end of text; a picture may come with any turn."""
+    pictures = set()
+    for talk in conversations("train", 24):
+        said = [turn.asked.answer for turn in talk.turns]
+        chat = processor.apply_chat_template(messages(talk, said[:-1]), add_generation_prompt=True)
+        served = processor(
+            text=chat, images=[render(scene) for scene in talk.scenes], add_special_tokens=False
+        )
+        asked = exchanges(talk.turns, VISUAL_TOKENS)
+        trained = [word for question, answer in asked for word in (*question, *answer[:-1])]
+        last = len(asked[-1][1]) - 1
+        assert list(served["input_ids"][0]) == [*prompt_start(), *trained[:-last]]
+        pictures.add(len(talk.scenes))
+    assert pictures == {1, 2}

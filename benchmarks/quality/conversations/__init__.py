@@ -1,0 +1,1 @@
+"""What `--reroute-history` does to answers: whole conversations, asked of stock, rerouting and removing servers."""

@@ -1,0 +1,138 @@
+"""What `--reroute-history` does to answers: the same conversations with stock, rerouting and removing servers.
+
+Every server is a real `vllm serve` on loopback, asked over HTTP. Results go to a folder as JSON, Markdown and a plot. A
+run that was cut off goes on where it stopped.
+
+    python -m benchmarks.quality.conversations
+    python -m benchmarks.quality.conversations --quick
+    python -m benchmarks.quality.conversations --publish    # the report of what there is, for the repository
+    python -m benchmarks.quality.conversations --only 'reroute rerank' 'reroute keep' --budgets 33 22
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.grounding.conversations import conversations
+from benchmarks.grounding.evaluate_talks import MODEL
+from benchmarks.quality.conversations import report
+from benchmarks.quality.conversations.rows import METHODS, PICTURES, rows, run
+from benchmarks.quality.conversations.table import table
+from benchmarks.quality.conversations.talking import talks_of, turns_of
+from benchmarks.quality.model_shape import ModelShape, fingerprint
+from benchmarks.quality.run import SPLIT
+from benchmarks.quality.serving import Serving
+
+OUT = Path(__file__).resolve().parents[3] / ".local" / "conversations"
+PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "conversations"
+TALKS, QUICK_TALKS = 1000, 12
+BUDGETS = (33, 22, 11, 5)
+
+
+def main() -> None:
+    args = parse_arguments()
+    # Unwinds, so that the server is stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        complete = measure(args)
+    except KeyboardInterrupt:
+        sys.exit("\nStopped; no server is left running. The same command goes on from here.")
+    except (ValueError, OSError) as error:
+        sys.exit(f"conversations: {error}")
+    if not complete:
+        sys.exit(
+            "conversations: incomplete, see the report. The same command asks what is missing."
+        )
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """words: the command line's, unless given."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.conversations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=MODEL,
+        help="LLaVA-1.5-format folder (default: the model that learnt to converse)",
+    )
+    parser.add_argument("--talks", type=int, help=f"conversations (default: {TALKS})")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"a trial with {QUICK_TALKS} conversations"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="SERVER", help=f"of: {', '.join(METHODS)} (default: all)"
+    )
+    parser.add_argument(
+        "--budgets", nargs="+", type=float, default=BUDGETS, metavar="PERCENT",
+        help="average visual tokens per decoder layer, in percent of the pictures' (default: 33 22 11 5)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=OUT,
+        help="folder of outcomes and report (default: .local/conversations)",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget the outcomes that are in --out"
+    )
+    parser.add_argument(
+        "--publish", action="store_true",
+        help="ask nothing, write the report of what is in --out to benchmarks/results/conversations",
+    )  # fmt: skip
+    parser.add_argument(
+        "--concurrency", type=int, default=64, help="conversations held at once (default: 64)"
+    )
+    parser.add_argument("--dtype", default="float32", help="of the servers (default: float32)")
+    parser.add_argument(
+        "--start-limit", type=float, default=600, help="seconds a server may take to start"
+    )
+    args = parser.parse_args(words)
+    if args.publish and (args.quick or args.fresh):
+        parser.error(
+            "--publish reports a full run that is there; give it without --quick and --fresh."
+        )
+    if args.talks is None:
+        args.talks = QUICK_TALKS if args.quick else TALKS
+    for name in ("talks", "concurrency"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} must be 1 or more.")
+    return args
+
+
+def measure(args: argparse.Namespace) -> bool:
+    """Asks, writes the report, and says whether everything wanted has an answer."""
+    outcomes = args.out / "outcomes"
+    if args.fresh:
+        for path in outcomes.glob("*.jsonl"):
+            path.unlink()
+    shape = ModelShape.of(args.model)
+    wanted = rows(args.only or list(METHODS), [each / 100 for each in args.budgets], shape)
+    talks = talks_of(conversations(SPLIT, args.talks))
+    not_run: dict[str, str] = {}
+    if not args.publish:
+        serving = Serving(
+            model=args.model,
+            shape=shape,
+            folder=args.out,
+            dtype=args.dtype,
+            concurrency=args.concurrency,
+            start_limit_s=args.start_limit,
+            pictures=PICTURES,
+            prefix_cache=True,
+        )
+        not_run = run(wanted, talks, serving, fingerprint(args.model), outcomes)
+    found = table(outcomes, turns_of(talks), len(talks), not_run)
+    folder = PUBLISHED if args.publish else args.out
+    paths = report.write(found, folder)
+    print((folder / report.MARKDOWN_NAME).read_text(encoding="utf-8"))
+    print("Written: " + ", ".join(str(path) for path in paths), file=sys.stderr)
+    return found["complete"]
+
+
+if __name__ == "__main__":
+    main()
