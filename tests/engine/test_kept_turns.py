@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.local_tokenizer import image_token_id
 from tests.engine.conftest import engine_args
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
@@ -149,11 +148,14 @@ def test_a_conversation_is_the_same_cold_and_turn_by_turn(
             # A conversation without a picture yet is cached as stock vLLM does it, in whole blocks.
             assert answer.num_cached == (known if asked.images else known // BLOCK * BLOCK)
         said += own
-    # Another question about the same picture finds none of what the first one has kept.
+    # Another question about the same picture finds what the first one has not chosen.
     other = talk(
         host, oracles, schedule, Talk(folder, (("Where is this?", (0,)), *ONE_PICTURE[1:]))
     )
-    assert other[0][1].num_cached < BLOCK < other[1][1].num_cached
+    prompts = said[0][1].prompt_token_ids, other[0][1].prompt_token_ids
+    common = next(i for i, (one, two) in enumerate(zip(*prompts, strict=False)) if one != two)
+    assert 0 < other[0][1].num_cached == common // BLOCK * BLOCK
+    assert other[1][1].num_cached > len(prompts[1])
     host.call(reset)
     asks = [ask for ask, _ in said]
     # All turns are decided, and told to those that ask: once together, once each from the cache.
@@ -164,7 +166,9 @@ def test_a_conversation_is_the_same_cold_and_turn_by_turn(
         oracles.check_tokens("grouped", schedule, ask, again)
     (again,) = host.call(generate, asks[-1:])
     oracles.check_tokens("grouped", schedule, asks[-1], again)
-    assert 0 < again.num_cached <= asks[-1].token_ids.index(image_token_id())
+    # From the states that the first pictures' question finds: it is decided again.
+    first_decided = said[len(ONE_PICTURE) + 1][1]
+    assert 0 < again.num_cached < len(first_decided.prompt_token_ids)
     assert host.call(free_blocks) == before
 
 

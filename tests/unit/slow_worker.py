@@ -137,7 +137,10 @@ class SlowWorker:
                     if write:
                         self._put(blocks[block], tag, offset, key)
                     else:
-                        assert self.tags.get(blocks[block]) == tag, "a page of something else"
+                        found = self.tags.get(blocks[block])
+                        assert found == tag, (
+                            f"{request.request_id} finds {found} where {position} waits"
+                        )
                         assert self.cells[blocks[block]][offset] == key, "a page of another token"
         self.num_parked += len(boundary.parked)
         self.num_fetched += len(boundary.fetched)

@@ -19,14 +19,26 @@ FIRST = (SYSTEM, CAT, *WHICH)  # 102 tokens, its picture at [40, 80)
 # and where they differ, once it has ended: then the block that it has begun is offered too.
 TABLE = {
     "nothing": ([], FIRST, 0),
-    # Never a part of a turn: the text before the picture.
-    "the same prompt": ([FIRST], FIRST, 40),
-    "another question": ([FIRST], (SYSTEM, CAT, *WHERE), 32),
+    # What does not depend on the question: stages before the first decision, and states parked there.
+    "the same prompt": ([FIRST], FIRST, 96),
+    "another question": ([FIRST], (SYSTEM, CAT, *WHERE), 80),
+    "another question after more turns": ([(*FIRST, SHORT, *WHERE)], (SYSTEM, CAT, *WHERE), 80),
+    "another first question of a conversation": (
+        [FIRST],
+        (SYSTEM, CAT, *WHERE, SHORT, DOG, *WHICH),
+        80,
+    ),
+    # Nothing of a later turn with pictures but what is before it.
+    "another question about a later picture": (
+        [(*FIRST, SHORT, DOG, *WHERE)],
+        (*FIRST, SHORT, DOG, *WHICH),
+        102,
+    ),
     # Alike up to the last whole block of its turn.
     "a question that ends otherwise": (
         [FIRST],
         (SYSTEM, CAT, Text("which", 16), Text("or", 4), MARKER, SHORT, *WHERE),
-        32,
+        96,
     ),
     "the next turn": ([FIRST], (*FIRST, SHORT, *WHERE), 102),
     "the turn after, short answers": (
@@ -137,9 +149,11 @@ def test_a_block_in_which_a_hit_ends_is_copied():
 
 
 @pytest.mark.parametrize("stage", range(3))
-@pytest.mark.parametrize("block,hit", [(0, 0), (1, 16), (2, 32), (3, 40), (4, 40)])
+@pytest.mark.parametrize("block,hit", [(0, 0), (1, 16), (2, 96), (3, 96), (4, 96)])
 def test_a_lost_block_costs_what_depends_on_it(stage, block, hit):
-    """A part of a turn is worth nothing."""
+    """A part of what a turn has kept is worth nothing: then it is decided again, from parked states."""
+    if stage == 0:
+        hit = min(hit, 16 * block)
     engine = Engine(KEEPS)
     first, later = ask("first", *FIRST), ask("later", *FIRST, SHORT, *WHERE)
     engine.turns(first)
@@ -165,13 +179,34 @@ def test_a_step_that_has_not_run_is_not_found():
 
 
 def test_what_is_kept_depends_on_how_much():
-    """Text before the picture serves every budget and both histories, a turn its own only."""
+    """What no question has chosen serves every budget and both histories, a turn its own only."""
     engine = Engine(KEEPS)
     engine.turns(ask("first", *FIRST))
     for number, own in enumerate(({"keep": [0.5, 0.1]}, {"history": "rerank"})):
         request = ask(f"other {number}", *FIRST, SHORT, *WHERE)
         request.sampling_params.extra_args = {"reroute": own}
-        assert engine.hit(request) == 32
+        assert engine.hit(request) == 96
+
+
+def test_what_a_reranked_prompt_leaves_serves_the_first_turn():
+    engine = Engine(KEEPS)
+    first = ask("first", *FIRST)
+    first.sampling_params.extra_args = {"reroute": {"history": "rerank"}}
+    engine.prefill(first)
+    engine.finish(first)
+    assert engine.hit(ask("later", SYSTEM, CAT, *WHERE)) == 80
+
+
+def test_a_hit_behind_the_first_turn_takes_none_of_its_pages():
+    """They were never written, and would be offered to others."""
+    engine = Engine(KEEPS)
+    engine.turns(ask("first", *FIRST))
+    later = ask("later", *FIRST, SHORT, DOG, *WHERE)
+    engine.prefill(later, 120)
+    assert later.num_computed_tokens == 120
+    assert engine.pages(later) == engine.parked.num_held() == PAGES * 2
+    blocks = engine.parked.req_to_blocks["later"]
+    assert [block.is_null for block in blocks] == [True] * 6 * PAGES + [False] * 2 * PAGES
 
 
 def test_a_request_that_wants_to_be_told_decides_all_its_turns():
@@ -179,7 +214,7 @@ def test_a_request_that_wants_to_be_told_decides_all_its_turns():
     engine.turns(ask("first", *FIRST))
     request = ask("later", *FIRST, SHORT, *WHERE)
     request.sampling_params.extra_args = {"reroute_explain": True}
-    assert engine.hit(request) == 40
+    assert engine.hit(request) == 96
 
 
 def test_answers_are_offered_as_they_grow():
@@ -201,7 +236,7 @@ def test_pages_are_for_turns_that_wait():
     assert engine.pages(request) == PAGES * 2
     engine.run(request, 52)
     assert engine.pages(request) == 0
-    assert len(engine.parked.req_to_blocks["first"]) == PAGES * 4
+    assert len(engine.parked.req_to_blocks["first"]) == PAGES * 6
     engine.run(request, 20)
     assert engine.pages(request) == engine.parked.num_held() == PAGES * (8 - 6)
     assert len(engine.parked.req_to_blocks["first"]) == PAGES * 8

@@ -143,7 +143,7 @@ class Traffic(RuleBasedStateMachine):
                 tokens += [0] * pictures[-1].mm_position.length
                 tokens += self._question(chance) if chance.random() < 0.5 else []
             # The last token must be text, but a placeholder may end with it.
-            ends = bool(pictures) and pictures[-1].identifier == "c" and chance.random() < 0.5
+            ends = bool(pictures) and pictures[-1].identifier[0] == "c" and chance.random() < 0.5
             tokens += self._words(chance, 0 if ends else chance.randint(1, 20)) + self.marker
             self._add(chance, tokens, pictures)
 
@@ -168,8 +168,7 @@ class Traffic(RuleBasedStateMachine):
         if chance.random() < 0.3:
             pictures.append(self._picture(chance, len(tokens)))
             tokens += [0] * pictures[-1].mm_position.length + self._question(chance)
-        if len(tokens) < LONGEST - 2:
-            self._add(chance, tokens, pictures)
+        self._add(chance, tokens, pictures)
 
     def _words(self, chance, count):
         """One of two ways to go on."""
@@ -186,6 +185,8 @@ class Traffic(RuleBasedStateMachine):
         return feature(offset, PICTURE, separators, name=name)
 
     def _add(self, chance, tokens, pictures):
+        if len(tokens) > LONGEST - 2:
+            return
         self.number += 1
         request = make_request(
             f"r{self.number}",

@@ -43,7 +43,7 @@ class KeptTurns:
     def find(self, request: Request, routing: RequestRouting) -> tuple[list[list[Any]], int]:
         """Cached blocks per group, and the tokens whose K/V every stage finds in them.
 
-        Never the prompt's last token, and never a part of a turn.
+        Never the prompt's last token, and never a part of a turn but the text before its pictures.
         """
         keys, turns = self._keys_of(request, routing), routing.turns
         found = [self._full_blocks(stage, keys) for stage in self._stages]

@@ -12,38 +12,62 @@ from vllm.v1.request import Request
 from vllm_reroute.kv_cache import interleaving
 from vllm_reroute.kv_cache.interleaving import LayerBlocks
 from vllm_reroute.kv_cache.layered_manager import LayeredManager
+from vllm_reroute.kv_cache.spec import LayeredSpec
 from vllm_reroute.plan.request_routing import RequestRouting
 
 
 class ParkedManager(LayeredManager):
-    """A turn's tokens until its decisions have been taken; of a prompt of one turn, from its text
-    prefix on.
+    """A turn's tokens until its decisions have been taken; the first turn's from the text prefix on.
 
     A table is as long as the prompt: entries before the turn's block are the null block. Pages go
     back to the pool right after the step that takes the decisions is scheduled; the prefix cache
-    may still find those of a prompt of one turn there. Where it is off, and where turns are kept,
-    only pages that a later step reads are allocated: none for a turn that runs in one step.
+    may still find those of a first turn there. Where it is off, and for later turns, only pages
+    that a later step reads are allocated: none for a turn that runs in one step.
     """
+
+    def __init__(self, kv_cache_spec: LayeredSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._found: dict[str, int] = {}
+        """Tokens that the prefix cache had of a request: it does not know of them while it is admitted."""
 
     def get_num_blocks_to_allocate(  # type: ignore[override]  # LayerBlocks
         self,
         request_id: str,
         num_tokens: int,
         new_computed_blocks: Sequence[LayerBlocks],
+        total_computed_tokens: int,
         *args: Any,
         apply_admission_cap: bool = False,
         **kwargs: Any,
     ) -> int:
         """apply_admission_cap: vLLM asks for the whole request at once, to admit it or not."""
         computed = interleaving.flat(new_computed_blocks)
-        first, end = self._entries(request_id, num_tokens, in_one_step=not apply_admission_cap)
+        first, end = self._entries(
+            request_id, total_computed_tokens, num_tokens, in_one_step=not apply_admission_cap
+        )
         held = len(self.req_to_blocks.get(request_id, ())) + len(computed)
         return max(0, end - max(held, first)) + self._get_num_evictable_blocks(computed)
+
+    def add_local_computed_blocks(  # type: ignore[override]  # LayerBlocks
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[LayerBlocks],
+        num_local_computed_tokens: int,
+        *args: Any,
+    ) -> None:
+        super().add_local_computed_blocks(
+            request_id, new_computed_blocks, num_local_computed_tokens, *args
+        )
+        self._found[request_id] = num_local_computed_tokens
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        first, end = self._entries(request_id, num_tokens)
+        request = self.live.requests.get(request_id)
+        computed = (
+            max(request.num_computed_tokens, self._found.get(request_id, 0)) if request else 0
+        )
+        first, end = self._entries(request_id, computed, num_tokens)
         before = len(self.req_to_blocks.get(request_id, ()))
         if end <= max(first, before):
             return []
@@ -55,8 +79,8 @@ class ParkedManager(LayeredManager):
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Offer full pages for reuse."""
         routing = self.live.of(request)
-        if routing is not None and not routing.keeps_turns:
-            self.offer(request, min(num_tokens, routing.num_prompt))
+        if routing is not None:
+            self.offer(request, min(num_tokens, routing.turns.turns[0].end))
 
     @property
     def holders(self) -> list[str]:
@@ -92,35 +116,36 @@ class ParkedManager(LayeredManager):
         self.block_pool.free_blocks(block for block in reversed(freed) if not block.is_null)
 
     def pop_layer_blocks(self, request_id: str) -> list[LayerBlocks]:
+        self._found.pop(request_id, None)
         of_tokens = super().pop_layer_blocks(request_id)
         return [tuple(b for b in blocks if not b.is_null) for blocks in of_tokens]
 
     def _entries(
-        self, request_id: str, num_tokens: int, in_one_step: bool = True
+        self, request_id: str, num_computed: int, num_tokens: int, in_one_step: bool = True
     ) -> tuple[int, int]:
         """Table entries [first, end) that hold pages once `num_tokens` tokens have run.
 
-        in_one_step: whether all that is missing runs in one step; else whole turns may have to wait
-        in pages, one after the other.
+        num_computed: those that have run already. in_one_step: whether all that is missing runs in
+        one step; else whole turns may have to wait in pages, one after the other.
         """
         routing = self.live.of_id(request_id)
         if routing is None:
             return 0, 0
         turns = routing.turns.turns
-        if self.live.requests[request_id].num_computed_tokens >= turns[-1].end:
+        if num_computed >= turns[-1].end:
             return 0, 0
-        first, end = self._pages(routing, num_tokens)
+        first, end = self._pages(routing, num_computed, num_tokens)
         if not in_one_step and routing.num_prompt > self.live.max_step_tokens:
             each = [(t.begin // self.block_size, cdiv(t.end, self.block_size)) for t in turns]
             first, end = max(each, key=lambda pages: pages[1] - pages[0])
         return first * self.num_layers, end * self.num_layers
 
-    def _pages(self, routing: RequestRouting, num_tokens: int) -> tuple[int, int]:
+    def _pages(
+        self, routing: RequestRouting, num_computed: int, num_tokens: int
+    ) -> tuple[int, int]:
         """Blocks of tokens [first, end) that are in pages once `num_tokens` tokens have run."""
+        size, offered = self.block_size, routing.turns.turns[0]
+        if self.live.offers_parked and num_computed < offered.end <= num_tokens:
+            return offered.begin // size, offered.end // size
         turn = routing.turns.open_at(num_tokens)
-        if turn is not None:
-            return turn.begin // self.block_size, cdiv(num_tokens, self.block_size)
-        offers = self.live.offers_parked and not routing.keeps_turns
-        if offers and num_tokens >= routing.num_prompt:
-            return routing.text_prefix // self.block_size, routing.num_prompt // self.block_size
-        return 0, 0
+        return (0, 0) if turn is None else (turn.begin // size, cdiv(num_tokens, size))

@@ -21,9 +21,10 @@ class PrefixHits:
     The text prefix is a hit where every stage has it. Behind it only what does not depend on the
     question is cached: K/V of the stages before the first decision, and the states parked at its
     input. Both are needed to go on from there, and neither may be missing. So stages hold hits of
-    two lengths. The prompt's last tokens are never a hit: the step that runs them takes the decisions.
+    two lengths. A turn's last tokens are never a hit: the step that runs them takes the decisions.
 
-    Where a request keeps its turns, more is cached: see `KeptTurns`.
+    Where a request keeps its turns, all of finished ones is cached, see `KeptTurns`, and this of the
+    first one.
     """
 
     def __init__(self, manager: KVCacheManager, live: LiveRouting, kept: KeptTurns) -> None:
@@ -51,21 +52,22 @@ class PrefixHits:
             return self.manager.empty_kv_cache_blocks, 0, 0
         if routing.keeps_turns:
             blocks, hit = self.kept.find(request, routing)
-            return self.manager.create_kv_cache_blocks(tuple(blocks)), hit, 0
-        found, hit, _ = self.manager.coordinator.find_longest_cache_hit(
-            request.block_hashes, routing.text_prefix
-        )
-        blocks = [list(of_group) for of_group in found]
+        else:
+            found, hit, _ = self.manager.coordinator.find_longest_cache_hit(
+                request.block_hashes, routing.text_prefix
+            )
+            blocks = [list(of_group) for of_group in found]
         if hit == routing.text_prefix:
             hit = self._extend(request, routing, blocks)
         return self.manager.create_kv_cache_blocks(tuple(blocks)), hit, 0
 
     def _extend(self, request: Request, routing: RequestRouting, blocks: list[list[Any]]) -> int:
-        """Add the cached blocks behind the text prefix; return the tokens of the whole hit."""
+        """Add the first turn's cached blocks behind the text prefix; return the tokens of the whole hit."""
         size, parked = self.live.block_size, self._parked
         null_page = (self.manager.block_pool.null_block,) * parked.num_layers
         begin = routing.text_prefix // size
-        limit = (min(request.num_tokens, routing.num_prompt) - 1) // size
+        turn = routing.turns.turns[0]
+        limit = (turn.end - 1) // size
         pages: list[Any] = []
         for block_hash in request.block_hashes[begin:limit]:
             found = [m.cached_blocks(block_hash) for m in self._reusable]
@@ -74,7 +76,7 @@ class PrefixHits:
             pages.append(found[0])
             for manager, own in zip(self._reusable[1:], found[1:], strict=True):
                 blocks[manager.kv_cache_group_id].append(own)
-        stops = self.live.stops_of(request, routing.turns.turns[0])
+        stops = self.live.stops_of(request, turn)
         while pages and stops_alone(stops, (begin + len(pages)) * size):
             pages.pop()
             for manager in self._reusable[1:]:

@@ -50,7 +50,6 @@ class BatchRouting:
 
     num_prompt, text_prefix: [requests] int64. settled: [requests] int64, end of the last turn: from
     there on all that is not deferred runs everywhere. deferred: [stages, requests] int64, by then.
-    reuses_parked: bool [requests], whose parked states others may find.
     """
 
     routings: tuple[RequestRouting | None, ...]
@@ -58,30 +57,31 @@ class BatchRouting:
     text_prefix: np.ndarray
     settled: np.ndarray
     deferred: np.ndarray
-    reuses_parked: np.ndarray
     turns: BatchTurns
 
     @classmethod
     def of(cls, routings: Sequence[RequestRouting | None], num_stages: int) -> BatchRouting:
         num_prompt, text_prefix, settled = np.zeros((3, len(routings)), dtype=np.int64)
         deferred = np.zeros((num_stages, len(routings)), dtype=np.int64)
-        reuses_parked = np.zeros(len(routings), dtype=bool)
         for i, routing in enumerate(routings):
             if routing is not None:
                 num_prompt[i] = routing.num_prompt
                 text_prefix[i] = routing.text_prefix
                 settled[i] = routing.turns.turns[-1].end
                 deferred[:, i] = routing.deferred
-                reuses_parked[i] = not routing.keeps_turns
         return cls(
             tuple(routings),
             num_prompt,
             text_prefix,
             settled,
             deferred,
-            reuses_parked,
             BatchTurns.of(routings, num_stages),
         )
+
+    @property
+    def is_first_turn(self) -> np.ndarray:
+        """Bool [turns]: whose parked states others may find."""
+        return self.turns.begin == self.text_prefix[self.turns.request]
 
     @cached_property
     def like_stage(self) -> tuple[int, ...]:

@@ -25,9 +25,10 @@ class RequestRouting:
     """What stays the same for one image request over its whole life.
 
     spans: its visual tokens. prompt: its token ids. turns: what is ranked together, and by which
-    token; a single one that ends with the prompt, unless its history keeps its choice. keep: ratios
-    per decision layer. text_prefix: prompt tokens before the block that holds the first visual one;
-    they run like text and are cached like text, in all stages.
+    token; a single one that ends with the prompt, unless its history keeps its choice; the first
+    begins with the text prefix. keep: ratios per decision layer. text_prefix: prompt tokens before
+    the block that holds the first visual one; they run like text and are cached like text, in all
+    stages.
     dense_stages: stages before the first decision, 1 or 0: they run every token.
     keeps_turns: whether what finished turns have kept stays, see `Turns`.
     explain: what it wants to be told of its decisions, see `Explain`.
@@ -66,7 +67,8 @@ class RequestRouting:
         text_prefix = spans.first // block_size * block_size
         keeps_turns = schedule.history == "keep"
         if keeps_turns:
-            cut = cut_at_markers(spans, prompt, schedule.marker)
+            (_, *first), *later = cut_at_markers(spans, prompt, schedule.marker)
+            cut = [(text_prefix, *first), *later]
             turns = tuple(Turn(*turn, _kept(schedule, turn[-1:])) for turn in cut)
         else:
             kept = _kept(schedule, spans.sizes)

@@ -258,10 +258,10 @@ def _parks(
     them: those that wait for their question, and those that others may find."""
     begin, stop = last.copy(), end.copy()
     if offers_parked:
-        offered = ending & batch.reuses_parked[batch.turns.request]
+        offered = ending & batch.is_first_turn
         request = batch.turns.request[offered]
         begin[request] = batch.turns.begin[offered]
-        stop[request] = batch.num_prompt[request] // block_size * block_size
+        stop[request] = batch.turns.end[offered] // block_size * block_size
     return begin, stop
 
 
