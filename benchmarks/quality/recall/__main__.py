@@ -19,12 +19,12 @@ from benchmarks.grounding.conversations import (
     SAME,
     conversations,
 )
+from benchmarks.grounding.evaluate_talks import MODEL
 from benchmarks.quality.model_shape import fingerprint
 from benchmarks.quality.provenance import this_run
 from benchmarks.quality.recall.measure import KEEP, RERANK, Outcome, Talker, by_method
 from benchmarks.quality.scoring import Difference, wilson
 
-MODEL = Path(__file__).resolve().parents[1] / "grounding" / "conversing"
 NAME = "recall.json"
 # Turns behind a picture's first, and those that bring another picture.
 FOLLOW_UPS = (SAME, OTHER, BESIDE_IT)
