@@ -67,8 +67,8 @@ class RequestRouting:
         text_prefix = spans.first // block_size * block_size
         keeps_turns = schedule.history == "keep"
         if keeps_turns:
-            (_, *first), *later = cut_at_markers(spans, prompt, schedule.marker)
-            cut = [(text_prefix, *first), *later]
+            (_, end, size), *later = cut_at_markers(spans, prompt, schedule.marker)
+            cut = [(text_prefix, end, size), *later]
             turns = tuple(Turn(*turn, _kept(schedule, turn[-1:])) for turn in cut)
         else:
             kept = _kept(schedule, spans.sizes)
