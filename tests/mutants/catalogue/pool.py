@@ -4,6 +4,23 @@ from tests.mutants.mutant import Mutant
 
 POOL = (
     Mutant(
+        name="hit-forgotten-while-it-is-admitted",
+        file="vllm_reroute/kv_cache/parked_manager.py",
+        old="max(request.num_computed_tokens, self._found.get(request_id, 0))",
+        new="request.num_computed_tokens",
+        killers=(
+            "tests/unit/test_kept_turns.py::"
+            "test_a_hit_behind_the_first_turn_takes_none_of_its_pages",
+        ),
+    ),
+    Mutant(
+        name="pages-offered-but-not-written",
+        file="vllm_reroute/plan/step_plan.py",
+        old="stop[request] = batch.turns.end[offered] // block_size * block_size",
+        new="stop[request] = 0",
+        killers=("tests/unit/test_scheduler_states.py",),
+    ),
+    Mutant(
         name="budget-unknown-to-the-scheduler",
         file="vllm_reroute/kv_cache/live_routing.py",
         old='getattr(request.sampling_params, "extra_args", None)',
