@@ -140,7 +140,8 @@ def test_family_in_chunks_and_from_the_cache_agrees_with_oracle(
         (answer,) = host.call(generate, [ask])
         oracles.check_tokens(family, keeps, ask, answer)
         cached.append(answer.num_cached)
-    assert cached[0] < 50 < cached[1] < cached[2]
+    # The first turn finds what requests that rank again have left of its picture.
+    assert 0 < cached[0] < cached[1] < cached[2]
     talk = [replace(ask, explain=True) for ask in talk]
     for ask, answer in zip(talk, host.call(generate, talk), strict=True):
         oracles.check_tokens(family, keeps, ask, answer)

@@ -74,8 +74,8 @@ POOL = (
     Mutant(
         name="whole-prompt-a-hit",
         file="vllm_reroute/kv_cache/prefix_hits.py",
-        old="(min(request.num_tokens, routing.num_prompt) - 1) // size",
-        new="min(request.num_tokens, routing.num_prompt) // size",
+        old="(turn.end - 1) // size",
+        new="turn.end // size",
         killers=("tests/unit/test_prefix_hits.py::test_hits",),
     ),
     Mutant(
