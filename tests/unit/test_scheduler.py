@@ -8,7 +8,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_reroute.kv_cache.scheduler import RoutedAsyncScheduler, RoutedScheduler
-from vllm_reroute.schedule import CONFIG_KEY
+from vllm_reroute.schedule import CONFIG_KEY, RoutingSchedule
 
 from .parts import VISUAL, feature, make_request
 from .scheduler_steps import BLOCK, DEPTH, OPTIONS, PAGES, Steps, image, text
@@ -20,8 +20,10 @@ BUDGET = 64
 def configs(engine_config):
     """vLLM's config with and without routing; steps of `BUDGET` tokens."""
     common = {"max_num_batched_tokens": BUDGET, "max_model_len": 512, "enable_prefix_caching": True}
+    keeps = {**OPTIONS, "history": "keep", "turn_marker": "ASSISTANT:"}
     return {
         "routed": engine_config(**common, additional_config={CONFIG_KEY: OPTIONS}),
+        "keeps": engine_config(**common, additional_config={CONFIG_KEY: keeps}),
         "stock": engine_config(**common),
     }
 
@@ -209,6 +211,20 @@ def test_an_image_prompt_goes_on_where_the_cache_ends(configs, finished):
     request = steps.scheduler.requests["b"]
     assert request.num_computed_tokens == 60 and request.prefill_stats.num_local_cached_tokens == 48
     steps.answer()
+    steps.finish()
+
+
+def test_a_conversation_that_begins_otherwise_goes_on_where_the_cache_ends(configs):
+    """What its first question does not decide was left behind by a prompt of two turns, and written."""
+    steps = Steps(configs["keeps"])
+    marker = [*RoutingSchedule.of(configs["keeps"]).marker]
+    picture = feature(20, VISUAL, name="shared")
+    first = [*range(48), *marker]
+    steps.add(make_request("a", [*first, 7, 8, *marker], [picture], max_tokens=1))
+    steps.finish()
+    steps.add(make_request("b", [*range(45), 9, *marker], [picture]))
+    steps.run()
+    assert steps.worker.num_reused == 32 and steps.worker.num_fetched == 16
     steps.finish()
 
 
