@@ -38,6 +38,8 @@ EXPLAINED = LOGS.parent / "demo-explained"
 ON_GPU = shutil.which("nvidia-smi") is not None
 BLOCK_SIZE = 16 if ON_GPU else 32
 DTYPE = "bfloat16" if ON_GPU else "float32"
+SMALL = """
+This model is so small that its decisions take about the time that they save; docs/results.md has larger ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,8 @@ def main() -> None:
         sys.exit(f"The demo could not finish: {error}")
     print("\n".join(stage_table(args.model, args.schedule, args.tier)))
     print("\n".join(comparison_table(routed, dense)))
+    if args.model == MODEL:
+        print(SMALL)
 
 
 def parse_arguments() -> argparse.Namespace:
