@@ -12,7 +12,6 @@ stopped, and a later run measures only what is missing. Nothing else should run 
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from benchmarks.bench.parts import PARTS
 from benchmarks.bench.progress import Progress
 from benchmarks.bench.settings import FULL, QUICK, Settings
 from benchmarks.bench.store import Store, sources_digest
+from benchmarks.long_run import run_to_the_end
 from benchmarks.quality.model_shape import fingerprint
 from benchmarks.quality.provenance import this_run
 
@@ -32,16 +32,9 @@ ROUNDS, QUICK_ROUNDS = 5, 2
 
 def main() -> None:
     args = parse_arguments()
-    # Unwinds, so that engines and servers are stopped.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        found = run(args)
-    except KeyboardInterrupt:
-        sys.exit("\nStopped; no engine is left running. The same command goes on from here.")
-    except (ValueError, OSError) as error:
-        sys.exit(f"bench: {error}")
-    if found["not_finished"]:
-        sys.exit("bench: incomplete, see the report. The same command measures what is missing.")
+    run_to_the_end(
+        "bench", lambda: not run(args)["not_finished"], started="engine", again="measures"
+    )
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

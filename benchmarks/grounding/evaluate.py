@@ -6,12 +6,12 @@ python -m benchmarks.grounding.evaluate --count 2000
 import argparse
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 
 from benchmarks.grounding.questions import ANSWER_TOKENS, EVERY_KIND, SPLITS, Question, questions
 
@@ -39,6 +39,13 @@ def answers(
         padding=True,
         return_tensors="pt",
     )
+    return generated(model, processor, inputs)
+
+
+def generated(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, inputs: BatchFeature
+) -> list[str]:
+    """Greedy answers to a batch of prompts, as the processor gives them."""
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     # Its `self` is annotated with a class this one is not derived from.
     tokens = model.generate(  # type: ignore[misc]
@@ -62,6 +69,11 @@ def accuracy_by_kind(
     while chunk := list(itertools.islice(asked, batch)):
         for question, said in zip(chunk, answers(model, processor, chunk), strict=True):
             right[question.kind].append(said == question.answer)
+    return shares_of(right)
+
+
+def shares_of(right: Mapping[str, Sequence[bool]]) -> dict[str, float]:
+    """Share of right answers per kind that has any, and over all of them under "all"."""
     shares = {kind: sum(r) / len(r) for kind, r in right.items() if r}
     everything = [each for r in right.values() for each in r]
     return {**shares, "all": sum(everything) / len(everything)}

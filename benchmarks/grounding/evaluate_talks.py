@@ -13,8 +13,8 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from benchmarks.grounding.conversations import TURN_KINDS, Conversation, conversations
-from benchmarks.grounding.evaluate import load
-from benchmarks.grounding.questions import ANSWER_TOKENS, SPLITS
+from benchmarks.grounding.evaluate import generated, load, shares_of
+from benchmarks.grounding.questions import SPLITS
 from benchmarks.grounding.scenes import render
 
 MODEL = Path(__file__).resolve().parent / "conversing"
@@ -60,15 +60,8 @@ def answers(
             return_tensors="pt",
             add_special_tokens=False,
         )
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        # Its `self` is annotated with a class this one is not derived from.
-        tokens = model.generate(  # type: ignore[misc]
-            **inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False
-        )
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        texts = processor.batch_decode(new, skip_special_tokens=True)
-        for i, text in zip(going, texts, strict=True):
-            said[i].append(text.strip())
+        for i, text in zip(going, generated(model, processor, inputs), strict=True):
+            said[i].append(text)
     return said
 
 
@@ -85,9 +78,7 @@ def accuracy_by_turn(
         for talk, said in zip(chunk, answers(model, processor, chunk), strict=True):
             for turn, answer in zip(talk.turns, said, strict=True):
                 right[turn.kind].append(answer == turn.asked.answer)
-    shares = {kind: sum(r) / len(r) for kind, r in right.items() if r}
-    everything = [each for r in right.values() for each in r]
-    return {**shares, "all": sum(everything) / len(everything)}
+    return shares_of(right)
 
 
 def main() -> None:

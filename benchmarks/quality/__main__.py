@@ -11,13 +11,13 @@ plots. A run that was cut off goes on where it stopped. With --base-url a server
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.grounding.questions import questions
 from benchmarks.grounding.recipe import kinds_of
+from benchmarks.long_run import run_to_the_end
 from benchmarks.quality import report
 from benchmarks.quality.asking import Endpoint, Prompt, prompts_of
 from benchmarks.quality.methods import CALIBRATED, METHODS, Configuration, configurations
@@ -34,16 +34,7 @@ BUDGETS = (33, 22, 11, 5)
 
 def main() -> None:
     args = parse_arguments()
-    # Unwinds, so that the server is stopped.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        complete = measure(args)
-    except KeyboardInterrupt:
-        sys.exit("\nStopped; no server is left running. The same command goes on from here.")
-    except (ValueError, OSError) as error:
-        sys.exit(f"quality: {error}")
-    if not complete:
-        sys.exit("quality: incomplete, see the report. The same command asks what is missing.")
+    run_to_the_end("quality", lambda: measure(args), started="server", again="asks")
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """Accuracy against visual tokens, one line per method: over all questions, and by kind."""
 
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -60,7 +61,25 @@ def _draw_kinds(found: dict, path: Path) -> Path:
 
 
 def _lines(axes: Axes, scored: list[tuple[dict, dict]]) -> None:
-    """scored: (configuration, its score). Those without an average or an answer are not drawn."""
+    """scored: as for `curves`."""
+    for method, averages, middles, around in curves(scored):
+        axes.errorbar(
+            averages, middles, around, label=method, capsize=2, linewidth=1.2,
+            markersize=4, elinewidth=0.8, **_style(method),
+        )  # fmt: skip
+        if method == DENSE:
+            axes.axhline(middles[0], color="black", linewidth=0.6, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(-2, 102)
+    axes.grid(alpha=0.25)
+
+
+def curves(scored: Sequence[tuple[dict, dict]]) -> Iterator[tuple[str, tuple, tuple, tuple]]:
+    """Method, visual tokens, accuracies in %, and how far their intervals reach below and above.
+
+    scored: (configuration, its score). Those without an average or an answer are left out.
+    """
     shown = [
         (row, score)
         for row, score in scored
@@ -75,16 +94,7 @@ def _lines(axes: Axes, scored: list[tuple[dict, dict]]) -> None:
         averages, middles, lows, highs = zip(*points, strict=True)
         below = [max(0.0, middle - low) for middle, low in zip(middles, lows, strict=True)]
         above = [max(0.0, high - middle) for middle, high in zip(middles, highs, strict=True)]
-        axes.errorbar(
-            averages, middles, (below, above), label=method, capsize=2, linewidth=1.2,
-            markersize=4, elinewidth=0.8, **_style(method),
-        )  # fmt: skip
-        if method == DENSE:
-            axes.axhline(middles[0], color="black", linewidth=0.6, linestyle=":")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_ylim(-2, 102)
-    axes.grid(alpha=0.25)
+        yield method, averages, middles, (below, above)
 
 
 def _style(method: str) -> dict:

@@ -1,7 +1,7 @@
 """The report: results as JSON, Markdown tables and plots."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.quality import layer_choice, looks
@@ -24,11 +24,30 @@ DOWNSAMPLED = """\
 
 def write(found: dict, folder: Path) -> list[Path]:
     """Writes all files of the report, and returns where they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    as_json, as_markdown = folder / JSON_NAME, folder / MARKDOWN_NAME
+    texts = write_texts(found, markdown(found), folder / JSON_NAME, folder / MARKDOWN_NAME)
+    return [*texts, *draw(found, folder)]
+
+
+def write_texts(
+    found: dict, lines: Iterable[str], as_json: Path, as_markdown: Path
+) -> tuple[Path, Path]:
+    """Writes figures, and the Markdown made of them; returns where they are."""
+    as_json.parent.mkdir(parents=True, exist_ok=True)
     as_json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    as_markdown.write_text("\n".join(markdown(found)) + "\n", encoding="utf-8")
-    return [as_json, as_markdown, *draw(found, folder)]
+    as_markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return as_json, as_markdown
+
+
+def difference_cells(each: Mapping) -> list[str]:
+    """Of a table row about two that are set against each other: all but who they are."""
+    low, high = (100 * end for end in each["interval"])
+    return [
+        f"{100 * each['difference']:+.1f} ({low:+.1f} to {high:+.1f})",
+        str(each["only_first"]),
+        str(each["only_second"]),
+        "< 0.0001" if each["p_value"] < 1e-4 else f"{each['p_value']:.4f}",
+        f"{each['pairs']:,}" + ("" if each["complete"] else " **incomplete**"),
+    ]
 
 
 def markdown(found: dict) -> Iterator[str]:
@@ -105,16 +124,11 @@ def _comparisons(found: dict) -> Iterator[str]:
         "\n|---|---|---|---|---|---|---|---|"
     )
     for each in found["comparisons"]:
-        low, high = (100 * end for end in each["interval"])
         cells = [
             f"{each['first']} - {each['second']}",
             _percent(each["budget"], 0),
             " / ".join(map(_number, each["averages"])),
-            f"{100 * each['difference']:+.1f} ({low:+.1f} to {high:+.1f})",
-            str(each["only_first"]),
-            str(each["only_second"]),
-            "< 0.0001" if each["p_value"] < 1e-4 else f"{each['p_value']:.4f}",
-            f"{each['pairs']:,}" + ("" if each["complete"] else " **incomplete**"),
+            *difference_cells(each),
         ]
         yield f"| {' | '.join(cells)} |"
 

@@ -1,6 +1,6 @@
 """Outcomes of all configurations, scored: what the report shows, in JSON's types."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,26 +157,35 @@ def scored(score: Score) -> dict:
     }
 
 
-def _comparisons(rows: Sequence[Row]):
+def _comparisons(rows: Sequence[Row]) -> Iterator[dict]:
+    for one, other in pairs(rows, COMPARISONS):
+        averages = [one.about["average"], other.about["average"]]
+        difference = Difference.between(one.outcomes, other.outcomes)
+        if difference.pairs:
+            yield compared(one, other, {"averages": averages}, difference)
+
+
+def pairs(rows: Sequence[Row], wanted: Iterable[tuple[str, str]]) -> Iterator[tuple[Row, Row]]:
+    """Rows of equal budgets whose methods are to be set against each other."""
     at = {(row.about["method"], row.about["budget"]): row for row in rows}
-    for first, second in COMPARISONS:
+    for first, second in wanted:
         for method, budget in at:
-            if method != first or (second, budget) not in at:
-                continue
-            one, other = at[first, budget], at[second, budget]
-            difference = Difference.between(one.outcomes, other.outcomes)
-            if not difference.pairs:
-                continue
-            yield {
-                "first": first,
-                "second": second,
-                "budget": budget,
-                "averages": [one.about["average"], other.about["average"]],
-                "pairs": difference.pairs,
-                "only_first": difference.only_first,
-                "only_second": difference.only_second,
-                "difference": difference.value,
-                "interval": difference.interval,
-                "p_value": difference.p_value,
-                "complete": one.status == other.status == "complete",
-            }
+            if method == first and (second, budget) in at:
+                yield at[first, budget], at[second, budget]
+
+
+def compared(one: Row, other: Row, about: Mapping, difference: Difference) -> dict:
+    """Two rows set against each other, for the report. about: what else is to be said of them."""
+    return {
+        "first": one.about["method"],
+        "second": other.about["method"],
+        "budget": one.about["budget"],
+        **about,
+        "pairs": difference.pairs,
+        "only_first": difference.only_first,
+        "only_second": difference.only_second,
+        "difference": difference.value,
+        "interval": difference.interval,
+        "p_value": difference.p_value,
+        "complete": one.status == other.status == "complete",
+    }

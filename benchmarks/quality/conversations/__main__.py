@@ -10,13 +10,13 @@ run that was cut off goes on where it stopped.
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.grounding.conversations import conversations
 from benchmarks.grounding.evaluate_talks import MODEL
+from benchmarks.long_run import run_to_the_end
 from benchmarks.quality.conversations import report
 from benchmarks.quality.conversations.rows import METHODS, PICTURES, rows, run
 from benchmarks.quality.conversations.table import table
@@ -33,18 +33,7 @@ BUDGETS = (33, 22, 11, 5)
 
 def main() -> None:
     args = parse_arguments()
-    # Unwinds, so that the server is stopped.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        complete = measure(args)
-    except KeyboardInterrupt:
-        sys.exit("\nStopped; no server is left running. The same command goes on from here.")
-    except (ValueError, OSError) as error:
-        sys.exit(f"conversations: {error}")
-    if not complete:
-        sys.exit(
-            "conversations: incomplete, see the report. The same command asks what is missing."
-        )
+    run_to_the_end("conversations", lambda: measure(args), started="server", again="asks")
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,6 +1,5 @@
 """The report on conversations: figures as JSON, Markdown tables and a plot."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,6 +9,8 @@ from matplotlib.figure import Figure
 from benchmarks.grounding.conversations import TURN_KINDS
 from benchmarks.quality.conversations.rows import KEEP, REMOVE, RERANK
 from benchmarks.quality.methods import DENSE
+from benchmarks.quality.plot import curves
+from benchmarks.quality.report import difference_cells, write_texts
 
 JSON_NAME, MARKDOWN_NAME, PLOT = "conversations.json", "conversations.md", "conversations.svg"
 STYLES = {
@@ -34,11 +35,8 @@ No correction for the number of comparisons; questions of one conversation are t
 
 def write(found: dict, folder: Path) -> list[Path]:
     """Writes all files of the report, and returns where they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    as_json, as_markdown = folder / JSON_NAME, folder / MARKDOWN_NAME
-    as_json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    as_markdown.write_text("\n".join(markdown(found)) + "\n", encoding="utf-8")
-    return [as_json, as_markdown, draw(found, folder / PLOT)]
+    texts = write_texts(found, markdown(found), folder / JSON_NAME, folder / MARKDOWN_NAME)
+    return [*texts, draw(found, folder / PLOT)]
 
 
 def markdown(found: dict) -> Iterator[str]:
@@ -110,16 +108,11 @@ def _comparisons(found: dict) -> Iterator[str]:
         "\n|---|---|---|---|---|---|---|---|"
     )
     for each in found["comparisons"]:
-        low, high = (100 * end for end in each["interval"])
         cells = [
             f"{each['first']} - {each['second']}",
             f"{100 * each['budget']:.0f} %",
             each["kind"],
-            f"{100 * each['difference']:+.1f} ({low:+.1f} to {high:+.1f})",
-            str(each["only_first"]),
-            str(each["only_second"]),
-            "< 0.0001" if each["p_value"] < 1e-4 else f"{each['p_value']:.4f}",
-            f"{each['pairs']:,}" + ("" if each["complete"] else " **incomplete**"),
+            *difference_cells(each),
         ]
         yield f"| {' | '.join(cells)} |"
 
@@ -142,21 +135,12 @@ def draw(found: dict, path: Path) -> Path:
 
 
 def _draw_kind(axes, rows, kind: str) -> None:
-    shown = [(r, r["by_kind"][kind]) for r in rows if r["by_kind"][kind]["accuracy"] is not None]
-    for method in dict.fromkeys(row["method"] for row, _ in shown):
-        points = sorted(
-            (row["average"], 100 * score["accuracy"], *(100 * end for end in score["interval"]))
-            for row, score in shown
-            if row["method"] == method
-        )
-        averages, middles, lows, highs = zip(*points, strict=True)
+    for method, averages, middles, around in curves([(row, row["by_kind"][kind]) for row in rows]):
         if method == DENSE:
             axes.axhline(middles[0], color="black", linewidth=0.8, linestyle=":", label="stock")
             continue
-        below = [max(0.0, middle - low) for middle, low in zip(middles, lows, strict=True)]
-        above = [max(0.0, high - middle) for middle, high in zip(middles, highs, strict=True)]
         axes.errorbar(
-            averages, middles, (below, above), label=method, capsize=2, linewidth=1.2,
+            averages, middles, around, label=method, capsize=2, linewidth=1.2,
             markersize=3, elinewidth=0.8, **STYLES.get(method, OTHER_STYLE),
         )  # fmt: skip
     axes.set_xscale("log", base=2)

@@ -7,7 +7,16 @@ from benchmarks.grounding.conversations import OTHER, TURN_KINDS
 from benchmarks.quality.conversations.rows import COMPARISONS, KEEP, METHODS, RERANK
 from benchmarks.quality.conversations.talking import TalkTurn
 from benchmarks.quality.outcomes import Outcome
-from benchmarks.quality.results import SHARED, SHARED_OF_MODEL, Row, ran, rows_in, scored
+from benchmarks.quality.results import (
+    SHARED,
+    SHARED_OF_MODEL,
+    Row,
+    compared,
+    pairs,
+    ran,
+    rows_in,
+    scored,
+)
 from benchmarks.quality.scoring import Difference, Score
 
 ALL, LATER = "all", "later turns"
@@ -25,7 +34,7 @@ def table(folder: Path, turns: Sequence[TalkTurn], talks: int, not_run: Mapping[
         rows_in(folder, digests),
         key=lambda row: (-(row.about["budget"] or 1), order.index(row.about["method"])),
     )
-    compared = list(_comparisons(found, turns))
+    differences = list(_comparisons(found, turns))
     return {
         "model": {key: found[0].about[key] for key in SHARED_OF_MODEL} if found else None,
         "questions": {
@@ -37,8 +46,8 @@ def table(folder: Path, turns: Sequence[TalkTurn], talks: int, not_run: Mapping[
         "complete": not not_run and all(row.status == "complete" for row in found),
         "rows": [_row(row, turns) for row in found],
         "not_run": dict(not_run),
-        "comparisons": compared,
-        "default": default(compared),
+        "comparisons": differences,
+        "default": default(differences),
     }
 
 
@@ -78,30 +87,12 @@ def _those(outcomes: Outcomes, turns: Iterable[TalkTurn], wanted: Callable) -> d
 
 def _comparisons(rows: Sequence[Row], turns: Sequence[TalkTurn]) -> Iterator[dict]:
     """Of both servers' answers to the same questions, each behind its own earlier answers."""
-    at = {(row.about["method"], row.about["budget"]): row for row in rows}
-    for first, second in COMPARISONS:
-        for method, budget in at:
-            if method != first or (second, budget) not in at:
-                continue
-            pair = at[first, budget], at[second, budget]
-            for kind in (ALL, LATER, *TURN_KINDS):
-                one, other = (_those(row.outcomes, turns, _of(kind)) for row in pair)
-                difference = Difference.between(one, other)
-                if not difference.pairs:
-                    continue
-                yield {
-                    "first": first,
-                    "second": second,
-                    "budget": budget,
-                    "kind": kind,
-                    "pairs": difference.pairs,
-                    "only_first": difference.only_first,
-                    "only_second": difference.only_second,
-                    "difference": difference.value,
-                    "interval": difference.interval,
-                    "p_value": difference.p_value,
-                    "complete": all(row.status == "complete" for row in pair),
-                }
+    for pair in pairs(rows, COMPARISONS):
+        for kind in (ALL, LATER, *TURN_KINDS):
+            one, other = (_those(row.outcomes, turns, _of(kind)) for row in pair)
+            difference = Difference.between(one, other)
+            if difference.pairs:
+                yield compared(*pair, {"kind": kind}, difference)
 
 
 def default(compared: Iterable[Mapping]) -> str | None:
