@@ -63,11 +63,7 @@ class ParkedManager(LayeredManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        request = self.live.requests.get(request_id)
-        computed = (
-            max(request.num_computed_tokens, self._found.get(request_id, 0)) if request else 0
-        )
-        first, end = self._entries(request_id, computed, num_tokens)
+        first, end = self._entries(request_id, self._found.get(request_id, 0), num_tokens)
         before = len(self.req_to_blocks.get(request_id, ()))
         if end <= max(first, before):
             return []
@@ -121,17 +117,18 @@ class ParkedManager(LayeredManager):
         return [tuple(b for b in blocks if not b.is_null) for blocks in of_tokens]
 
     def _entries(
-        self, request_id: str, num_computed: int, num_tokens: int, in_one_step: bool = True
+        self, request_id: str, num_found: int, num_tokens: int, in_one_step: bool = True
     ) -> tuple[int, int]:
         """Table entries [first, end) that hold pages once `num_tokens` tokens have run.
 
-        num_computed: those that have run already. in_one_step: whether all that is missing runs in
+        num_found: those that the prefix cache had. in_one_step: whether all that is missing runs in
         one step; else whole turns may have to wait in pages, one after the other.
         """
         routing = self.live.of_id(request_id)
         if routing is None:
             return 0, 0
         turns = routing.turns.turns
+        num_computed = max(self.live.requests[request_id].num_computed_tokens, num_found)
         if num_computed >= turns[-1].end:
             return 0, 0
         first, end = self._pages(routing, num_computed, num_tokens)

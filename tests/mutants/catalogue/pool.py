@@ -6,8 +6,8 @@ POOL = (
     Mutant(
         name="hit-forgotten-while-it-is-admitted",
         file="vllm_reroute/kv_cache/parked_manager.py",
-        old="max(request.num_computed_tokens, self._found.get(request_id, 0))",
-        new="request.num_computed_tokens",
+        old="self._entries(request_id, self._found.get(request_id, 0), num_tokens)",
+        new="self._entries(request_id, 0, num_tokens)",
         killers=(
             "tests/unit/test_kept_turns.py::"
             "test_a_hit_behind_the_first_turn_takes_none_of_its_pages",
