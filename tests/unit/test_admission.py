@@ -229,6 +229,19 @@ def test_a_picture_that_was_lost_is_processed_again(cache):
     assert rendered(cache) is not None
 
 
+def test_a_picture_lost_while_a_prompt_is_being_processed(cache):
+    """Refused prompts let go of their pictures whenever they are collected, also beside the thread that
+    processes the next one."""
+    refused = rendered(cache)
+    assert refused is not None
+    view = SendingCache(cache, SentPictures.of(cache))
+    del refused
+    gc.collect()
+    assert view.is_cached(["picture"]) == [False]
+    again, _ = view.get_and_update_item((small_item(1), ["u"]), "picture")
+    assert again is not None and rendered(cache) is again
+
+
 def test_stock_vllm_still_needs_this(cache):
     """Once its own cache waits for the sending, `sent_pictures.py` can go."""
     item, _ = cache.get_and_update_item((small_item(1), ["u"]), "picture")

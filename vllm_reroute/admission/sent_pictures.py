@@ -41,15 +41,21 @@ class SentPictures:
         self._items[mm_hash] = item
         self._unsent.add(mm_hash)
 
-    def unsent(self, mm_hash: str) -> MultiModalKwargsItem | None:
-        """The item's data, if it was recorded and not sent, and anyone still holds it."""
-        return self._items.get(mm_hash) if mm_hash in self._unsent else None
+    def is_unsent(self, mm_hash: str) -> bool:
+        """Whether the item was recorded, and not sent."""
+        return mm_hash in self._unsent
 
-    def take_lost(self) -> set[str]:
+    def data_of(self, mm_hash: str) -> MultiModalKwargsItem | None:
+        """The recorded item's data, if anyone still holds it."""
+        return self._items.get(mm_hash)
+
+    def lost(self) -> set[str]:
         """What was recorded, not sent, and is held by nobody any more."""
-        lost = self._unsent.difference(self._items.keys())
-        self._unsent -= lost
-        return lost
+        return self._unsent.difference(self._items.keys())
+
+    def forget(self, mm_hash: str) -> None:
+        """It is recorded no longer."""
+        self._unsent.discard(mm_hash)
 
 
 _OF_CACHE: WeakKeyDictionary[BaseMultiModalProcessorCache, SentPictures] = WeakKeyDictionary()
@@ -71,12 +77,17 @@ class SendingCache(BaseMultiModalProcessorCache):
         self._sent = sent
         # Held, so that an item found here lasts until this prompt is processed.
         self._unsent: dict[str, MultiModalKwargsItem] = {}
-        for mm_hash in sent.take_lost():
-            cache.invalidate(mm_hash)
+        for mm_hash in sent.lost():
+            self._give_up(mm_hash)
 
     def is_cached_item(self, mm_hash: str) -> bool:
-        if (item := self._sent.unsent(mm_hash)) is not None:
-            self._unsent[mm_hash] = item
+        if self._sent.is_unsent(mm_hash):
+            item = self._sent.data_of(mm_hash)
+            if item is None:
+                # Its last holder, a refused prompt, went at this very moment.
+                self._give_up(mm_hash)
+            else:
+                self._unsent[mm_hash] = item
         return self._cache.is_cached_item(mm_hash)
 
     def get_and_update_item(self, mm_item: Any, mm_hash: str) -> Any:
@@ -90,6 +101,11 @@ class SendingCache(BaseMultiModalProcessorCache):
 
     def touch_sender_cache_item(self, mm_hash: str) -> None:
         self._cache.touch_sender_cache_item(mm_hash)
+
+    def _give_up(self, mm_hash: str) -> None:
+        """Nobody can send it any more: it has to be processed again."""
+        self._cache.invalidate(mm_hash)
+        self._sent.forget(mm_hash)
 
     def clear_cache(self) -> None:
         self._cache.clear_cache()

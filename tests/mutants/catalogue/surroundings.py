@@ -67,6 +67,15 @@ SURROUNDINGS = (
         killers=("tests/unit/test_admission.py::test_a_picture_counts_as_known_once_it_was_sent",),
     ),
     Mutant(
+        name="lost-picture-thought-known",
+        file="vllm_reroute/admission/sent_pictures.py",
+        old="                self._give_up(mm_hash)\n            else:",
+        new="                pass\n            else:",
+        killers=(
+            "tests/unit/test_admission.py::test_a_picture_lost_while_a_prompt_is_being_processed",
+        ),
+    ),
+    Mutant(
         name="metric-counted-twice",
         file="vllm_reroute/metrics/counting.py",
         old="if request_id not in self._decided:",
