@@ -59,7 +59,7 @@ class Engine:
         del self.requests[request.request_id]
         return num_hit
 
-    def prefill(self, request, num_tokens=None):
+    def prefill(self, request, num_tokens=None, *, offers=False):
         """Admit a request and run its first step, of `num_tokens` or all of it.
 
         Block ids per group, and tokens found in the prefix cache; None if it does not fit.
@@ -69,7 +69,7 @@ class Engine:
         new = (num_tokens or request.num_tokens) - num_hit
         if self._allocate(request, new, num_hit, hits, full_sequence_must_fit=True) is None:
             return None
-        self._ran(request, num_hit + new)
+        self._ran(request, num_hit + new, offers)
         return self.manager.get_block_ids(request.request_id), num_hit
 
     def turns(self, request):
@@ -78,20 +78,18 @@ class Engine:
         routing = self.live.of(request)
         _, num_hit, _ = self.manager.get_computed_blocks(request)
         end = routing.turns.next_end(num_hit) or request.num_tokens
-        self.prefill(request, end)
-        self.kept.offer(request)
+        self.prefill(request, end, offers=True)
         while request.num_computed_tokens < request.num_tokens:
             end = routing.turns.next_end(request.num_computed_tokens) or request.num_tokens
-            self.run(request, end - request.num_computed_tokens)
-            self.kept.offer(request)
+            self.run(request, end - request.num_computed_tokens, offers=True)
 
-    def run(self, request, num_tokens):
+    def run(self, request, num_tokens, *, offers=False):
         """New block ids per group for more tokens of the prompt; None if there is no room."""
         empty = self.manager.empty_kv_cache_blocks
         new = self._allocate(request, num_tokens, 0, empty)
         if new is None:
             return None
-        self._ran(request, request.num_computed_tokens + num_tokens)
+        self._ran(request, request.num_computed_tokens + num_tokens, offers)
         return new.get_block_ids()
 
     def decode(self, request):
@@ -110,11 +108,11 @@ class Engine:
         assert free - self.pool.get_num_free_blocks() == (0 if blocks is None else asked)
         return blocks
 
-    def _ran(self, request, num_computed):
+    def _ran(self, request, num_computed, offers):
         request.num_computed_tokens = num_computed
-        holds = request.request_id in self.parked.holders
-        if holds and self.live.of(request).turns.open_at(num_computed) is None:
-            self.parked.release(request.request_id)
+        if offers:
+            self.kept.offer(request)
+        self.parked.release_decided()
 
     def finish(self, request):
         if self.schedule.marker:

@@ -99,7 +99,7 @@ class Decoder:
         self.tables.kernel = KernelFill(self.tables, Unlaunched())
         routed = RoutedDecoder.__new__(RoutedDecoder)
         nn.Module.__init__(routed)
-        routed.schedule, routed._decided = schedule, None
+        routed.schedule, routed._decided, routed.held_tokens = schedule, None, None
         routed._names = tuple(f"layers.{n}.attn" for n in range(DEPTH))
         self.runs: list[int] = []
         routed._runs = tuple(self._run for _ in schedule.pieces)

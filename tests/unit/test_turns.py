@@ -5,7 +5,7 @@ import random
 import pytest
 
 from vllm_reroute.plan.request_routing import RequestRouting
-from vllm_reroute.plan.turns import Turn, Turns, cut_at_markers
+from vllm_reroute.plan.turns import Cut, Turn, Turns, cut_at_markers
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.schedule import RoutingSchedule
 
@@ -115,7 +115,7 @@ def test_chance_falls_alike_when_a_turn_comes_back():
 
 def test_a_picture_needs_a_marker_behind_it():
     spans = VisualSpans((1,), (4,))
-    assert cut_at_markers(spans, [1, 5, 5, 5, 8, 9], MARKER) == [(1, 6, 3)]
+    assert cut_at_markers(spans, [1, 5, 5, 5, 8, 9], MARKER) == [Cut(1, 6, 3)]
     # The answer's own end is none, and what is before the picture asks for something else.
     for prompt in ([1, 5, 5, 5, 8, 1, 9], [8, 5, 5, 5, 9, 1], [9, 5, 5, 5], [5]):
         with pytest.raises(ValueError, match="no marker"):

@@ -139,13 +139,13 @@ def check_turns(
 
     schedule: as the request has it.
     """
-    if spans is None or schedule.history != "keep":
+    if spans is None or not schedule.keeps_turns:
         return
     try:
         cut_at_markers(spans, prompt, schedule.marker)
     except ValueError as error:
         raise VLLMValidationError(
-            f"The prompt has {error}: with --reroute-history keep the question that comes with a "
+            f"The prompt has {error}: with --reroute-history {schedule.history} the question that comes with a "
             "picture ranks it, and ends where the prompt asks the assistant to speak. End the prompt "
             "with the chat template's generation prompt (add_generation_prompt), start the server "
             "with --reroute-turn-marker and the text this format uses, or ask for reroute_history "

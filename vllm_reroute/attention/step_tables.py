@@ -260,6 +260,10 @@ class StepTables:
             slots.unbind(),
         )
 
+    def slots_in_step(self, stage: int, num_tokens: int) -> torch.Tensor:
+        """Slots [num_tokens] int64 that the stage's first layer writes, in a step of no more than `max_tokens`."""
+        return self.slot_mappings[self._layers(stage).start, :num_tokens]
+
     def slots_of(self, stage: int, places: Places, layer: int | None = None) -> torch.Tensor:
         """Slots [layers, n] int64 of tokens by their place in the stage's K/V, see `blocks_at`."""
         entries = self.entries_of(places)

@@ -9,7 +9,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 
 from vllm_reroute.metrics.counting import RoutingCounts
-from vllm_reroute.plan.decided_turn import DecidedTurn
+from vllm_reroute.plan.decided_turn import DecidedTurn, together
 
 
 class DecidedTurns:
@@ -34,7 +34,11 @@ class DecidedTurns:
                 self._ends[request_id] = turn.end
                 self._counts.brought_back(turn.brought_back)
                 if turn.told is not None:
-                    self._told.setdefault(request_id, []).append(turn.told)
+                    told = self._told.setdefault(request_id, [])
+                    if turn.ranks_earlier:
+                        told[:] = [together(np.concatenate(told), turn.told)]
+                    else:
+                        told.append(turn.told)
 
     def tell(self, outputs: Mapping[int, EngineCoreOutputs]) -> None:
         """Let what is known travel with the outputs of a step."""

@@ -12,6 +12,8 @@ from vllm.v1.request import Request
 from vllm_reroute.kv_cache.interleaving import LayerBlocks
 from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.offered_ends import OfferedEnds
+from vllm_reroute.kv_cache.parked_manager import ParkedManager
+from vllm_reroute.kv_cache.recallable_pages import RecallablePages
 from vllm_reroute.kv_cache.stage_manager import StageManager
 from vllm_reroute.kv_cache.turn_keys import TurnKeys
 from vllm_reroute.plan.request_routing import RequestRouting
@@ -33,6 +35,9 @@ class KeptTurns:
     def __init__(self, manager: KVCacheManager, live: LiveRouting) -> None:
         self.manager, self.live = manager, live
         managers = manager.coordinator.single_type_managers
+        self._recallable = RecallablePages(
+            next(m for m in managers if isinstance(m, ParkedManager))
+        )
         self._num_groups = len(managers)
         self._stages = [m for m in managers if isinstance(m, StageManager)]
         self._ends = OfferedEnds(live.block_size, most=manager.block_pool.num_gpu_blocks)
@@ -43,14 +48,31 @@ class KeptTurns:
     def find(self, request: Request, routing: RequestRouting) -> tuple[list[list[Any]], int]:
         """Cached blocks per group, and the tokens whose K/V every stage finds in them.
 
-        Never the prompt's last token, and never a part of a turn but the text before its pictures.
+        Never the prompt's last token, and never a part of a turn but the text before its pictures. Where
+        a later question may bring tokens back, no more than whose parked states are found, too.
         """
-        keys, turns = self._keys_of(request, routing), routing.turns
+        keys = self._keys_of(request, routing)
         found = [self._full_blocks(stage, keys) for stage in self._stages]
         most = request.num_tokens - 1
         if routing.explain:
             # What a turn keeps is in no cache: all of them are decided again.
-            most = min(most, turns.turns[0].begin)
+            most = min(most, routing.turns.turns[0].begin)
+        chosen, hit = self._longest(keys, found, most)
+        pages, reached = self._recallable.find(keys, hit)
+        if reached < hit:
+            chosen, hit = self._longest(keys, found, reached)
+            pages, _ = self._recallable.find(keys, hit)
+        groups: list[list[Any]] = [[] for _ in range(self._num_groups)]
+        for manager, blocks in zip(self._stages, chosen, strict=True):
+            groups[manager.kv_cache_group_id] = blocks
+        groups[self._recallable.group] = pages
+        return groups, hit
+
+    def _longest(
+        self, keys: TurnKeys, found: list[list[LayerBlocks]], most: int
+    ) -> tuple[list[list[LayerBlocks]], int]:
+        """The longest hit of no more than `most` tokens: blocks per stage, and its tokens."""
+        routing, turns = keys.routing, keys.routing.turns
         hit = min(
             most,
             *(self._reach(m, routing, own) for m, own in zip(self._stages, found, strict=True)),
@@ -58,15 +80,12 @@ class KeptTurns:
         hit = turns.allowed(hit)
         chosen = self._up_to(hit, keys, found)
         assert chosen is not None
-        for end in self._ends.between(request, hit, most):
+        for end in self._ends.between(keys.request, hit, most):
             at_end = self._up_to(end, keys, found) if turns.allowed(end) == end else None
             if at_end is not None:
                 hit, chosen = end, at_end
                 break
-        groups: list[list[Any]] = [[] for _ in range(self._num_groups)]
-        for manager, blocks in zip(self._stages, chosen, strict=True):
-            groups[manager.kv_cache_group_id] = blocks
-        return groups, hit
+        return chosen, hit
 
     def offer(self, request: Request) -> None:
         """Offer what the step just planned adds to a request."""
@@ -85,6 +104,8 @@ class KeptTurns:
         for turn in routing.turns.turns:
             if before <= turn.end <= num_tokens:
                 self._offer_part(turn.end, keys)
+                if routing.recalls and not turn.recalls:
+                    self._recallable.offer(keys, turn)
         self._next[request.request_id] = self._next_offer(keys, num_tokens)
 
     def ended(self, request: Request) -> None:

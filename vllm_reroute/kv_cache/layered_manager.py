@@ -33,12 +33,24 @@ class LayeredManager(FullAttentionManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.num_layers = kv_cache_spec.num_layers
         self.cache_ids = interleaving.cache_ids(self.kv_cache_group_id, self.num_layers)
+        self._to_copy: dict[str, int] = {}
+        """Requests that go on in a block others share, by id: its number."""
 
     def add_local_computed_blocks(  # type: ignore[override]  # LayerBlocks
         self, request_id: str, new_computed_blocks: Sequence[LayerBlocks], *args: Any
     ) -> None:
         super().add_local_computed_blocks(request_id, interleaving.flat(new_computed_blocks), *args)
         self.num_cached_block[request_id] = len(new_computed_blocks)
+
+    def _copy_shared(self, request_id: str) -> None:
+        """Give the request a copy of the shared block it goes on in, made before its first step runs."""
+        if request_id not in self._to_copy:
+            return
+        first = self._to_copy.pop(request_id) * self.num_layers
+        copies = self.block_pool.get_new_blocks(self.num_layers)
+        for entry, copy in enumerate(copies, first):
+            shared = self.req_to_blocks[request_id][entry]
+            self._apply_cow(request_id, entry, shared, copy)
 
     def pop_layer_blocks(self, request_id: str) -> list[LayerBlocks]:
         """Forget the request; its blocks are the caller's to free."""

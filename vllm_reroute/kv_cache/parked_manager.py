@@ -14,15 +14,19 @@ from vllm_reroute.kv_cache.interleaving import LayerBlocks
 from vllm_reroute.kv_cache.layered_manager import LayeredManager
 from vllm_reroute.kv_cache.spec import LayeredSpec
 from vllm_reroute.plan.request_routing import RequestRouting
+from vllm_reroute.plan.turns import Turn
 
 
 class ParkedManager(LayeredManager):
     """A turn's tokens until its decisions have been taken; the first turn's from the text prefix on.
 
-    A table is as long as the prompt: entries before the turn's block are the null block. Pages go
-    back to the pool right after the step that takes the decisions is scheduled; the prefix cache
+    A table is as long as the prompt: entries of blocks without parked tokens are the null block. Pages
+    go back to the pool right after the step that takes the decisions is scheduled; the prefix cache
     may still find those of a first turn there. Where it is off, and for later turns, only pages
     that a later step reads are allocated: none for a turn that runs in one step.
+
+    Where later turns bring tokens back, all turns' pages stay until the last of them is decided, and
+    the prefix cache may find all of them afterwards.
     """
 
     def __init__(self, kv_cache_spec: LayeredSpec, **kwargs: Any) -> None:
@@ -41,12 +45,13 @@ class ParkedManager(LayeredManager):
         **kwargs: Any,
     ) -> int:
         """apply_admission_cap: vLLM asks for the whole request at once, to admit it or not."""
-        computed = interleaving.flat(new_computed_blocks)
-        first, end = self._entries(
-            request_id, total_computed_tokens, num_tokens, in_one_step=not apply_admission_cap
+        held = self._num_entries(request_id) + len(new_computed_blocks)
+        missing = self._missing(
+            request_id, held, total_computed_tokens, num_tokens, in_one_step=not apply_admission_cap
         )
-        held = len(self.req_to_blocks.get(request_id, ())) + len(computed)
-        return max(0, end - max(held, first)) + self._get_num_evictable_blocks(computed)
+        copied = self._goes_on_inside(request_id, len(new_computed_blocks), total_computed_tokens)
+        evictable = self._get_num_evictable_blocks(interleaving.flat(new_computed_blocks))
+        return self.num_layers * (len(missing) + copied) + evictable
 
     def add_local_computed_blocks(  # type: ignore[override]  # LayerBlocks
         self,
@@ -55,25 +60,35 @@ class ParkedManager(LayeredManager):
         num_local_computed_tokens: int,
         *args: Any,
     ) -> None:
+        count = len(new_computed_blocks)
         super().add_local_computed_blocks(
             request_id, new_computed_blocks, num_local_computed_tokens, *args
         )
         self._found[request_id] = num_local_computed_tokens
+        # What is begun there may be written on; it was not offered by this request.
+        whole = num_local_computed_tokens // self.block_size
+        self.num_cached_block[request_id] = min(count, whole)
+        if self._goes_on_inside(request_id, count, num_local_computed_tokens):
+            self._to_copy[request_id] = count - 1
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        first, end = self._entries(request_id, self._found.get(request_id, 0), num_tokens)
-        before = len(self.req_to_blocks.get(request_id, ()))
-        if end <= max(first, before):
+        self._copy_shared(request_id)
+        before = self._num_entries(request_id)
+        missing = self._missing(request_id, before, self._found.get(request_id, 0), num_tokens)
+        if not missing:
             return []
-        held = self.req_to_blocks[request_id]
-        held.extend([self._null_block] * (first - before))
-        held.extend(self.block_pool.get_new_blocks(end - len(held)))
-        return held[before:]
+        held, layers = self.req_to_blocks[request_id], self.num_layers
+        pages = iter(self.block_pool.get_new_blocks(len(missing) * layers))
+        of_blocks = set(missing)
+        for index in range(before, missing[-1] + 1):
+            for _ in range(layers):
+                held.append(next(pages) if index in of_blocks else self._null_block)
+        return held[before * layers :]
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Offer full pages for reuse."""
+        """Offer full pages of the first turn for reuse; `KeptTurns` offers the others."""
         routing = self.live.of(request)
         if routing is not None:
             self.offer(request, min(num_tokens, routing.turns.turns[0].end))
@@ -88,17 +103,25 @@ class ParkedManager(LayeredManager):
         ]
 
     def num_held(self) -> int:
-        """Pages that hold states, without the entries before the turns that wait."""
-        return sum(self._num_held(request_id) for request_id in self.holders)
+        """Pages that hold states, without the entries of other tokens."""
+        held = (self.req_to_blocks[request_id] for request_id in self.holders)
+        return sum(not block.is_null for blocks in held for block in blocks)
 
-    def _num_held(self, request_id: str) -> int:
-        request = self.live.requests[request_id]
-        turn = self.live.turns_of(request).undecided_at(request.num_computed_tokens)
-        assert turn is not None, "pages are released with the last decision"
-        before = turn.begin // self.block_size * self.num_layers
-        return max(0, len(self.req_to_blocks[request_id]) - before)
+    def release_decided(self) -> None:
+        """Give back the pages that no later step of their request reads."""
+        for request_id in self.holders:
+            request = self.live.requests[request_id]
+            routing, num_computed = self.live.of(request), request.num_computed_tokens
+            assert routing is not None, "only prompts with visual tokens hold pages"
+            if routing.turns.open_at(num_computed) is None and not routing.awaits(num_computed):
+                self._release(request_id)
 
-    def release(self, request_id: str) -> None:
+    def pages_of(self, turn: Turn, num_tokens: int) -> range:
+        """Numbers of the blocks that a turn's tokens fill, as far as `num_tokens` reach."""
+        end = min(turn.end, num_tokens)
+        return range(turn.begin // self.block_size, cdiv(end, self.block_size))
+
+    def _release(self, request_id: str) -> None:
         """Every stage has the turn: its parked states are only good for the prefix cache."""
         request, blocks = self.live.requests[request_id], self.req_to_blocks[request_id]
         later = self.live.turns_of(request).undecided_at(request.num_computed_tokens)
@@ -116,33 +139,59 @@ class ParkedManager(LayeredManager):
         of_tokens = super().pop_layer_blocks(request_id)
         return [tuple(b for b in blocks if not b.is_null) for blocks in of_tokens]
 
-    def _entries(
-        self, request_id: str, num_found: int, num_tokens: int, in_one_step: bool = True
-    ) -> tuple[int, int]:
-        """Table entries [first, end) that hold pages once `num_tokens` tokens have run.
+    def _num_entries(self, request_id: str) -> int:
+        """Blocks of tokens in the request's table."""
+        return len(self.req_to_blocks.get(request_id, ())) // self.num_layers
 
-        num_found: those that the prefix cache had. in_one_step: whether all that is missing runs in
+    def _goes_on_inside(self, request_id: str, num_found: int, num_tokens: int) -> bool:
+        """Whether a request will write into the last of the blocks found for its first `num_tokens`."""
+        routing = self.live.of_id(request_id)
+        if routing is None or not num_found:
+            return False
+        later = [turn for turn in routing.turns.with_pictures() if turn.end > num_tokens]
+        return bool(later) and max(num_tokens, later[0].begin) < num_found * self.block_size
+
+    def _missing(
+        self,
+        request_id: str,
+        held: int,
+        num_found: int,
+        num_tokens: int,
+        in_one_step: bool = True,
+    ) -> list[int]:
+        """Numbers of the blocks that need pages once `num_tokens` tokens have run, from `held` on.
+
+        num_found: tokens that the prefix cache had. in_one_step: whether all that is missing runs in
         one step; else whole turns may have to wait in pages, one after the other.
         """
         routing = self.live.of_id(request_id)
         if routing is None:
-            return 0, 0
+            return []
         turns = routing.turns.turns
         num_computed = max(self.live.requests[request_id].num_computed_tokens, num_found)
         if num_computed >= turns[-1].end:
-            return 0, 0
-        first, end = self._pages(routing, num_computed, num_tokens)
+            return []
+        needed = self._needed(routing, num_computed, num_tokens)
         if not in_one_step and routing.num_prompt > self.live.max_step_tokens:
-            each = [(t.begin // self.block_size, cdiv(t.end, self.block_size)) for t in turns]
-            first, end = max(each, key=lambda pages: pages[1] - pages[0])
-        return first * self.num_layers, end * self.num_layers
+            each = [self.pages_of(turn, turn.end) for turn in routing.turns.with_pictures()]
+            needed = each if routing.awaited else [max(each, key=len)]
+        return sorted({index for pages in needed for index in pages if index >= held})
 
-    def _pages(
-        self, routing: RequestRouting, num_computed: int, num_tokens: int
-    ) -> tuple[int, int]:
-        """Blocks of tokens [first, end) that are in pages once `num_tokens` tokens have run."""
+    def _needed(self, routing: RequestRouting, num_computed: int, num_tokens: int) -> list[range]:
+        """Blocks of tokens that are in pages once `num_tokens` tokens have run."""
+        if routing.recalls:
+            return [
+                self.pages_of(turn, num_tokens)
+                for turn in routing.turns.with_pictures()
+                if turn.begin < num_tokens
+                and (
+                    num_tokens < turn.end
+                    or (turn in routing.awaited and routing.awaits(num_computed))
+                    or (self.live.offers_parked and num_computed < turn.end)
+                )
+            ]
         size, offered = self.block_size, routing.turns.turns[0]
         if self.live.offers_parked and num_computed < offered.end <= num_tokens:
-            return offered.begin // size, offered.end // size
+            return [range(offered.begin // size, offered.end // size)]
         turn = routing.turns.open_at(num_tokens)
-        return (0, 0) if turn is None else (turn.begin // size, cdiv(num_tokens, size))
+        return [] if turn is None else [self.pages_of(turn, num_tokens)]

@@ -86,13 +86,10 @@ class RoutedSchedulerMixin(_Stock):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._deciding = 0, 0
         output = super().schedule(*args, **kwargs)
-        for request_id in self.parked_pages.holders:
-            request = self.requests[request_id]
-            if self.live.turns_of(request).open_at(request.num_computed_tokens) is None:
-                self.parked_pages.release(request_id)
         if self.live.schedule.marker and self.live.offers_parked:
             for request_id in output.num_scheduled_tokens:
                 self.kept_turns.offer(self.requests[request_id])
+        self.parked_pages.release_decided()
         self.counts.scheduled(output)
         return output
 

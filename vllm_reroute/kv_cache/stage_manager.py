@@ -28,7 +28,6 @@ class StageManager(LayeredManager):
     def __init__(self, kv_cache_spec: StageSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.stage = kv_cache_spec.stage
-        self._to_copy: dict[str, int] = {}
 
     def get_num_blocks_to_allocate(  # type: ignore[override]  # LayerBlocks
         self,
@@ -64,12 +63,7 @@ class StageManager(LayeredManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         slots = self._num_slots(request_id, num_tokens)
-        if request_id in self._to_copy:
-            first = self._to_copy.pop(request_id) * self.num_layers
-            copies = self.block_pool.get_new_blocks(self.num_layers)
-            for entry, copy in enumerate(copies, first):
-                shared = self.req_to_blocks[request_id][entry]
-                self._apply_cow(request_id, entry, shared, copy)
+        self._copy_shared(request_id)
         return super().allocate_new_blocks(request_id, slots, num_tokens_main_model)
 
     def cache_blocks(

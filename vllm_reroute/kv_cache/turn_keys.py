@@ -9,6 +9,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash, generate_block_hash_extra_key
 from vllm.v1.request import Request
 
 from vllm_reroute.plan.request_routing import RequestRouting
+from vllm_reroute.plan.turns import Turn
 
 
 class TurnKeys:
@@ -44,7 +45,19 @@ class TurnKeys:
         return self._key("part", num_tokens, index)
 
     def _key(self, kind: str, num_tokens: int, index: int) -> BlockHash:
-        return BlockHash(sha256((self._chain(num_tokens), self.routing.keep, kind, index)))
+        routing = self.routing
+        how = routing.keep, routing.recalls, kind, index
+        return BlockHash(sha256((self._chain(num_tokens), *how)))
+
+    def page(self, turn: Turn, index: int) -> BlockHash:
+        """Key of a page of parked states that holds visual tokens of a turn, and of earlier ones.
+
+        One that the turn fills is like any other page with the same tokens.
+        """
+        first, size = index * self.block_size, self.block_size
+        if turn.begin <= first and first + size <= turn.end:
+            return self.request.block_hashes[index]
+        return BlockHash(sha256((self._chain(turn.end), "page", index)))
 
     def _chain(self, num_tokens: int) -> BlockHash:
         """Hash of exactly the first `num_tokens` tokens, pictures and salt included."""

@@ -24,24 +24,38 @@ def rows_alike(table: np.ndarray) -> tuple[int, ...]:
 class BatchTurns:
     """All turns of a batch as arrays.
 
-    request, begin, end: [turns] int64. deferred: [stages, turns] int64.
+    request, begin, end: [turns] int64. recalled: [turns] int64, visual tokens of earlier turns that are
+    ranked. awaited, recallable: bool [turns], whether a later turn of the prompt, or of a longer one,
+    may bring back tokens of this one. deferred: [stages, turns] int64.
     """
 
     request: np.ndarray
     begin: np.ndarray
     end: np.ndarray
+    recalled: np.ndarray
+    awaited: np.ndarray
+    recallable: np.ndarray
     deferred: np.ndarray
 
     @classmethod
     def of(cls, routings: Sequence[RequestRouting | None], num_stages: int) -> BatchTurns:
         turns = [
-            (i, turn.begin, turn.end, *map(turn.deferred, range(num_stages)))
+            (
+                i,
+                turn.begin,
+                turn.end,
+                turn.size * turn.recalls,
+                turn in routing.awaited,
+                routing.recalls and not turn.recalls,
+                *map(turn.deferred, range(num_stages)),
+            )
             for i, routing in enumerate(routings)
             if routing is not None
             for turn in routing.turns.turns
         ]
-        table = np.array(turns, dtype=np.int64).reshape(len(turns), 3 + num_stages).T
-        return cls(table[0], table[1], table[2], table[3:])
+        table = np.array(turns, dtype=np.int64).reshape(len(turns), 6 + num_stages).T
+        awaited, recallable = table[4:6].astype(bool)
+        return cls(table[0], table[1], table[2], table[3], awaited, recallable, table[6:])
 
 
 @dataclass(frozen=True)

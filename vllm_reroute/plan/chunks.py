@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from vllm_reroute.plan.turns import Turn
 
@@ -13,8 +13,13 @@ vLLM runs one new token over existing context as a decode step, in a captured CU
 one: a graph over all layers, in which nothing is parked or decided.
 """
 
-FEWEST_STEP_TOKENS = LAST_TOKENS + 1
-"""What a step must have room for, so that three tokens need not be cut into two and one."""
+
+def fewest_step_tokens(marker: Sequence[int]) -> int:
+    """What a step must have room for: one token more than have to run together.
+
+    marker: token ids that end a turn, all of which do where the turn brings tokens back.
+    """
+    return max(LAST_TOKENS, len(marker)) + 1
 
 
 def prefill_chunk(turn: Turn, stops: Iterable[int], num_computed: int, num_new: int) -> int:
@@ -24,6 +29,9 @@ def prefill_chunk(turn: Turn, stops: Iterable[int], num_computed: int, num_new: 
     """
     if num_computed + num_new > turn.end:
         return num_new
+    if turn.recalls and num_computed + num_new < turn.end:
+        # Its few tokens do not wait in pages: all run in one step.
+        return max(0, min(num_new, turn.begin - num_computed))
     if stops_alone(stops, num_computed + num_new):
         num_new -= 1
     if num_computed + num_new > turn.begin and num_new < LAST_TOKENS:

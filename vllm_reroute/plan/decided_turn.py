@@ -21,15 +21,17 @@ class DecidedTurn:
     """The outcome of all decisions on one turn of a request.
 
     end: the turn's, see `Turn`. brought_back: [stages], visual tokens that run a stage although an
-    earlier one has deferred them. told: what the request asked to be told, None if it did not: bool
-    [visual tokens of the turn, stages], which of them run; where it wants scores, too, fp32 [visual
-    tokens, stages, 2], 1 or 0 for that and what the stage's decision ranked it by, NaN where it was
-    no candidate or nothing was ranked.
+    earlier one, or that stage in an earlier turn, has deferred them. told: what the request asked to be
+    told, None if it did not: bool [visual tokens of the turn, stages], which of them run; where it wants
+    scores, too, fp32 [visual tokens, stages, 2], 1 or 0 for that and what the stage's decision ranked it
+    by, NaN where it was no candidate or nothing was ranked. ranks_earlier: whether these are the visual
+    tokens of all earlier turns.
     """
 
     end: int
     brought_back: tuple[int, ...]
     told: np.ndarray | None
+    ranks_earlier: bool = False
 
 
 def send(output: ModelRunnerOutput, turns: Mapping[str, DecidedTurn]) -> None:
@@ -52,3 +54,15 @@ def brought_back(runs: np.ndarray) -> np.ndarray:
     deferred_before = np.zeros_like(runs)
     np.logical_or.accumulate(~runs[:, :-1], axis=1, out=deferred_before[:, 1:])
     return runs & deferred_before
+
+
+def together(before: np.ndarray, told: np.ndarray) -> np.ndarray:
+    """What two turns tell of the same visual tokens: who runs by either, with the latest score.
+
+    Either as in `DecidedTurn.told`.
+    """
+    if told.dtype == bool:
+        return before | told
+    runs = np.maximum(before[..., 0], told[..., 0])
+    scores = np.where(np.isnan(told[..., 1]), before[..., 1], told[..., 1])
+    return np.stack((runs, scores), axis=-1)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
-from vllm_reroute.plan.turns import Turn, Turns, cut_at_markers
+from vllm_reroute.plan.chunks import LAST_TOKENS
+from vllm_reroute.plan.turns import Cut, Turn, Turns, cut_at_markers
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.schedule import RoutingSchedule
+from vllm_reroute.schedule.recall import RecallCounts
 from vllm_reroute.schedule.request_options import Explain, RequestOptions
 
 
@@ -30,7 +32,8 @@ class RequestRouting:
     the block that holds the first visual one; they run like text and are cached like text, in all
     stages.
     dense_stages: stages before the first decision, 1 or 0: they run every token.
-    keeps_turns: whether what finished turns have kept stays, see `Turns`.
+    keeps_turns: whether what finished turns have kept stays, see `Turns`. recalls: whether later
+    turns bring back what earlier ones have deferred.
     explain: what it wants to be told of its decisions, see `Explain`.
     """
 
@@ -41,6 +44,7 @@ class RequestRouting:
     text_prefix: int
     dense_stages: int
     keeps_turns: bool
+    recalls: bool
     explain: Explain
 
     @classmethod
@@ -65,11 +69,10 @@ class RequestRouting:
             schedule = options.applied(schedule)
         prompt = prompt or ()
         text_prefix = spans.first // block_size * block_size
-        keeps_turns = schedule.history == "keep"
-        if keeps_turns:
-            (_, end, size), *later = cut_at_markers(spans, prompt, schedule.marker)
-            cut = [(text_prefix, end, size), *later]
-            turns = tuple(Turn(*turn, _kept(schedule, turn[-1:])) for turn in cut)
+        if schedule.keeps_turns:
+            first, *later = cut_at_markers(spans, prompt, schedule.marker)
+            cut = [replace(first, first=text_prefix), *later]
+            turns = _turns(schedule, cut)
         else:
             kept = _kept(schedule, spans.sizes)
             turns = (Turn(text_prefix, len(prompt), spans.num_visual, kept),)
@@ -80,7 +83,8 @@ class RequestRouting:
             keep=schedule.keep,
             text_prefix=text_prefix,
             dense_stages=int(schedule.encoder_ratio is None),
-            keeps_turns=keeps_turns,
+            keeps_turns=schedule.keeps_turns,
+            recalls=schedule.recalls,
             explain=options is not None and options.explain,
         )
 
@@ -99,6 +103,21 @@ class RequestRouting:
         """[stages] int64: visual tokens that do NOT run there."""
         return self.spans.num_visual - np.array(self.kept, dtype=np.int64)
 
+    @cached_property
+    def awaited(self) -> tuple[Turn, ...]:
+        """Turns whose visual tokens a later turn of this prompt may bring back."""
+        last = self.turns.last_recall()
+        return tuple(turn for turn in self.turns.with_pictures() if turn.end < last)
+
+    def awaits(self, num_tokens: int) -> bool:
+        """Whether a turn still to be decided after `num_tokens` tokens may bring tokens back."""
+        return num_tokens < self.turns.last_recall()
+
+    @cached_property
+    def visual_positions(self) -> np.ndarray:
+        """[visual tokens] int64: prompt positions."""
+        return self.spans.mask(self.spans.end).nonzero()[0]
+
     def seed(self, turn: Turn) -> int:
         """A number that depends on the prompt up to a turn's end alone, so that chance falls the
         same way again."""
@@ -114,3 +133,23 @@ class RequestRouting:
 @lru_cache(maxsize=4096)
 def _kept(schedule: RoutingSchedule, image_sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(schedule.kept_per_stage(*image_sizes))
+
+
+def _turns(schedule: RoutingSchedule, cut: Sequence[Cut]) -> tuple[Turn, ...]:
+    """What each of a prompt's turns decides; those that decide nothing are left out."""
+    if not schedule.recalls:
+        with_pictures = (one for one in cut if one.size)
+        return tuple(
+            Turn(one.first, one.end, one.size, _kept(schedule, (one.size,)))
+            for one in with_pictures
+        )
+    counts = RecallCounts(lambda size: _kept(schedule, (size,)))
+    turns: list[Turn] = []
+    for one in cut:
+        if one.size:
+            turns.append(Turn(one.first, one.end, one.size, counts.picture(one.size)))
+            continue
+        begin = max(min(one.first, one.end - LAST_TOKENS), turns[-1].end)
+        if one.end - begin >= LAST_TOKENS and any(brought := counts.question()):
+            turns.append(Turn(begin, one.end, counts.num_visual, brought, recalls=True))
+    return tuple(turns)

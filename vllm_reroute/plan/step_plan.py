@@ -70,8 +70,9 @@ class ImagePrefill:
     """A request that has a turn decided in this step.
 
     index: its row in the step's batch. start: its first candidate among the step's. num_tokens: its
-    candidates. first: prompt position of the first of them; the stages' K/V holds what is before it
-    already. routing: its lasting facts. turn: the one that ends.
+    candidates: tokens from prompt position `first` on, since the stages' K/V holds what is before it
+    already, and, in front of the turn's begin, visual tokens of earlier turns where it ranks them.
+    routing: its lasting facts. turn: the one that ends.
     """
 
     index: int
@@ -84,7 +85,22 @@ class ImagePrefill:
     @property
     def num_turn_rows(self) -> int:
         """Candidates up to the turn's end; what follows it may run in the same step."""
-        return self.turn.end - self.first
+        return self.turn.end - self.first + self.num_recalled
+
+    @property
+    def num_recalled(self) -> int:
+        """Candidates that are visual tokens of earlier turns."""
+        return self.turn.size if self.turn.recalls else 0
+
+    @cached_property
+    def ranked(self) -> np.ndarray:
+        """bool [num_tokens]: candidates that are ranked, all of them visual tokens."""
+        if not self.turn.recalls:
+            return self.routing.spans.mask(self.first + self.num_tokens)[self.first :]
+        ranked = np.zeros(self.num_tokens, dtype=bool)
+        before = self.turn.begin - self.first
+        ranked[before : before + self.turn.size] = True
+        return ranked
 
     @property
     def is_later_turn(self) -> bool:
@@ -205,25 +221,30 @@ def plan_step(
     held = last - deferred
     query[:dense_stages], held[:dense_stages] = num_scheduled, end
     query, held = query.astype(np.int32), held.astype(np.int32)
-    candidates = StageLengths((last - first).astype(np.int32), last.astype(np.int32))
     turns = batch.turns
     ending = (num_computed[turns.request] < turns.end) & (turns.end <= end[turns.request])
+    # Visual tokens of earlier turns that are ranked, too.
+    recalled = np.bincount(
+        turns.request, weights=turns.recalled * ending, minlength=len(first)
+    ).astype(np.int64)
+    candidates = StageLengths((last - first + recalled).astype(np.int32), last.astype(np.int32))
     if not ending.any() and (first == num_computed).all() and (last == end).all():
         return StepPlan(num_tokens, query, held, candidates)
     assert np.bincount(turns.request[ending]).max(initial=0) <= 1, "two turns end in one step"
-    boundary = _plan_boundary(
-        num_computed,
-        num_scheduled,
-        batch,
-        candidates,
-        first,
-        _parks(batch, end, last, ending, block_size, offers_parked),
-        block_size,
-    )
     decided = dict(zip(turns.request[ending].tolist(), turns.end[ending].tolist(), strict=True))
     prefills = tuple(
         _prefill(i, batch.routings[i], turn_end, int(first[i]), candidates)
         for i, turn_end in decided.items()
+    )
+    boundary = _plan_boundary(
+        num_computed,
+        num_scheduled,
+        batch,
+        _candidate_places(first, last, prefills),
+        first,
+        last,
+        _parks(batch, end, last, ending, block_size, offers_parked),
+        block_size,
     )
     return StepPlan(num_tokens, query, held, candidates, prefills, boundary)
 
@@ -257,20 +278,45 @@ def _parks(
     """Positions [begin, end) of each request that belong in pages after the step, as far as it runs
     them: those that wait for their question, and those that others may find."""
     begin, stop = last.copy(), end.copy()
+    turns = batch.turns
     if offers_parked:
         offered = ending & batch.is_first_turn
-        request = batch.turns.request[offered]
-        begin[request] = batch.turns.begin[offered]
-        stop[request] = batch.turns.end[offered] // block_size * block_size
+        request = turns.request[offered]
+        begin[request] = turns.begin[offered]
+        stop[request] = turns.end[offered] // block_size * block_size
+    needed = ending & (turns.awaited | (turns.recallable & offers_parked))
+    request = turns.request[needed]
+    begin[request], stop[request] = turns.begin[needed], turns.end[needed]
     return begin, stop
+
+
+def _candidate_places(
+    first: np.ndarray, last: np.ndarray, prefills: tuple[ImagePrefill, ...]
+) -> Places:
+    """Request and prompt position of every candidate.
+
+    first, last: [requests], positions between which later stages run all that is not deferred.
+    """
+    request, place = places_of((last - first).astype(np.int32), last.astype(np.int32))
+    recalling = [p for p in prefills if p.num_recalled]
+    if recalling:
+        starts = np.cumsum(last - first) - (last - first)
+        counts = [p.num_recalled for p in recalling]
+        before = [int(starts[p.index]) + p.turn.begin - p.first for p in recalling]
+        earlier = [p.routing.visual_positions[: p.num_recalled] for p in recalling]
+        at = np.repeat(before, counts)
+        request = np.insert(request, at, np.repeat([p.index for p in recalling], counts))
+        place = np.insert(place, at, np.concatenate(earlier))
+    return Places(request.astype(np.int64), place.astype(np.int64))
 
 
 def _plan_boundary(
     num_computed: np.ndarray,
     num_scheduled: np.ndarray,
     batch: BatchRouting,
-    candidates: StageLengths,
+    candidates: Places,
     first: np.ndarray,
+    last: np.ndarray,
     parks: tuple[np.ndarray, np.ndarray],
     block_size: int,
 ) -> Boundary:
@@ -278,7 +324,7 @@ def _plan_boundary(
     end = num_computed + num_scheduled
     starts = np.cumsum(num_scheduled) - num_scheduled
 
-    request, place = (part.astype(np.int64) for part in candidates.request_and_position)
+    request, place = candidates.request, candidates.position
     of_step = place >= num_computed[request]
     source = starts[request] + place - num_computed[request]
     source[~of_step] = int(num_scheduled.sum()) + np.arange(int((~of_step).sum()))
@@ -292,8 +338,8 @@ def _plan_boundary(
 
     # Text-only requests have a prompt of 0 tokens here: all they run is text of their own.
     text_end = np.where(batch.num_prompt == 0, end, batch.text_prefix)
-    text_rows = (np.minimum(candidates.seq_lens, text_end) - first).clip(min=0)
-    completes = (place // block_size + 1) * block_size <= candidates.seq_lens[request]
+    text_rows = (np.minimum(last, text_end) - first).clip(min=0)
+    completes = (place // block_size + 1) * block_size <= last[request]
     shared = (place < text_end[request]) & completes
     return Boundary(
         parked=Places(step_request[rows], position[rows]),

@@ -8,7 +8,7 @@ every inside are *allowed*: there each stage holds all text and what it keeps of
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,17 +21,20 @@ class Turn:
     """Visual tokens that are ranked together.
 
     begin: tokens from this position on wait for the decisions. end: one past the token that ranks,
-    the last of the question. size: visual tokens. kept: per stage, those that run there.
+    the last of the question. size: visual tokens that are ranked. kept: per stage, those that run
+    there. recalls: whether they are those of all earlier turns, since this one has none of its own.
+    What runs then stands in front of `begin` in a stage's K/V, and the tokens from there on see it.
     """
 
     begin: int
     end: int
     size: int
     kept: tuple[int, ...]
+    recalls: bool = False
 
     def deferred(self, stage: int) -> int:
-        """Visual tokens that do NOT run in a stage."""
-        return self.size - self.kept[stage]
+        """Visual tokens of the turn's own that do NOT run in a stage, less those it brings back."""
+        return (0 if self.recalls else self.size) - self.kept[stage]
 
     def is_inside(self, num_tokens: int) -> bool:
         """Whether the turn's decisions are still to come once `num_tokens` tokens have run."""
@@ -40,7 +43,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Turns:
-    """All turns of a prompt that have visual tokens, in order."""
+    """All turns of a prompt that take decisions, in order."""
 
     turns: tuple[Turn, ...]
 
@@ -56,6 +59,14 @@ class Turns:
         """Its end."""
         turn = self.undecided_at(num_tokens)
         return None if turn is None else turn.end
+
+    def with_pictures(self) -> Iterator[Turn]:
+        """Those that bring visual tokens."""
+        return (turn for turn in self.turns if not turn.recalls)
+
+    def last_recall(self) -> int:
+        """End of the last turn that brings tokens back; 0 where none does."""
+        return max((turn.end for turn in self.turns if turn.recalls), default=0)
 
     def allowed(self, num_tokens: int) -> int:
         """Tokens that stages after the first decision have run of the first `num_tokens`."""
@@ -93,23 +104,39 @@ class Turns:
         return num_tokens
 
 
-def cut_at_markers(
-    spans: VisualSpans, prompt: Sequence[int], marker: Sequence[int]
-) -> list[tuple[int, int, int]]:
-    """First visual token, end and visual tokens of each turn: it ends with the next marker.
+@dataclass(frozen=True)
+class Cut:
+    """A turn as its prompt shows it.
 
-    marker: token ids by which a prompt asks the assistant to speak. Raises ValueError for visual
-    tokens with no marker behind them.
+    first: position of its first visual token; without any, of the marker it ends with. end: one past
+    that marker. size: visual tokens.
+    """
+
+    first: int
+    end: int
+    size: int
+
+
+def cut_at_markers(spans: VisualSpans, prompt: Sequence[int], marker: Sequence[int]) -> list[Cut]:
+    """The turns with visual tokens, and those behind the first of them that have none.
+
+    marker: token ids by which a prompt asks the assistant to speak; a turn ends with it. Raises
+    ValueError for visual tokens with no marker behind them.
     """
     ends = _marker_ends(prompt, marker)
-    turns: dict[int, tuple[int, int]] = {}
+    turns: dict[int, Cut] = {}
     for start, stop in zip(spans.starts, spans.ends, strict=True):
         place = bisect_left(ends, stop + len(marker))
         if place == len(ends):
             raise ValueError(f"no marker behind the visual tokens that end at {stop}")
-        first, size = turns.get(ends[place], (start, 0))
-        turns[ends[place]] = first, size + stop - start
-    return [(first, end, size) for end, (first, size) in turns.items()]
+        end = ends[place]
+        before = turns.get(end, Cut(start, end, 0))
+        turns[end] = Cut(before.first, end, before.size + stop - start)
+    first = min(turns)
+    for end in ends:
+        if end > first and end not in turns:
+            turns[end] = Cut(end - len(marker), end, 0)
+    return [turns[end] for end in sorted(turns)]
 
 
 def _marker_ends(prompt: Sequence[int], marker: Sequence[int]) -> list[int]:

@@ -19,6 +19,7 @@ from vllm_reroute.plan.step_plan import StepPlan
 from vllm_reroute.resolved import device_of, dtype_of
 from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
 from vllm_reroute.routing.graphs import StageHandover, without_graphs
+from vllm_reroute.routing.held_tokens import HeldTokens
 from vllm_reroute.routing.prompt_rows import prompt_scores
 from vllm_reroute.routing.scorers import Scorer, ScoringLayer
 from vllm_reroute.routing.scorers.attention import LAST_TOKEN, ScoringRule
@@ -56,6 +57,7 @@ class RoutedDecoder(nn.Module):
         parked_name = f"{stem}.layers.{len(layers)}.parked"
         parked = ParkedStates(attentions[0], parked_name, parked_width, vllm_config)
         self.tables = route_attention(attentions, schedule)
+        self.held_tokens = self._held_tokens(attentions)
         self._config = vllm_config
         self._hand_over = StageHandover(vllm_config, hidden_size)
         self._decided: HostDecisions | None = None
@@ -109,6 +111,12 @@ class RoutedDecoder(nn.Module):
             return self._run_all(hidden_states, positions, additions)
         with without_graphs():
             return self._run_routed(hidden_states, positions, additions, encoder_scores, plan)
+
+    def _held_tokens(self, attentions: Sequence[Any]) -> HeldTokens | None:
+        """None where no request can bring anything back."""
+        if not self.schedule.marker or not self.schedule.reroutes:
+            return None
+        return HeldTokens([attentions[stage.first_layer] for stage in self.schedule.stages])
 
     def take_decisions(self) -> HostDecisions | None:
         """What the last step decided; None where nothing was, or somebody has taken it already."""
@@ -211,7 +219,7 @@ class RoutedDecoder(nn.Module):
         if self.waiting is not None:
             candidates = self.waiting.open(num_candidates).copy_(candidates)
         scores = states[:, hidden_size].float() if states.shape[1] > hidden_size else None
-        return TokenState(plan, candidates, positions), scores
+        return TokenState(plan, candidates, positions, self.held_tokens), scores
 
     def _decide(
         self,

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from vllm_reroute.plan.step_plan import ImagePrefill, Places, StageLengths, StepPlan
 from vllm_reroute.to_device import to_device
+
+if TYPE_CHECKING:
+    from vllm_reroute.routing.held_tokens import HeldTokens
 
 
 class Memory:
@@ -60,6 +64,8 @@ class PromptRows:
     shared: K/V places of text that becomes shareable in this step; none where no prompt has cached
     text. key_rows: [s + P] int64, the layout's rows of that text, then `rows`. key_and_last_rows: then `last`.
     past_end: bool [requests, 1, width], places behind a prompt's end; None where there are none.
+    held: bool [requests, width], visual tokens of earlier turns that the stage holds: they are cached,
+    so as candidates they are no keys, and never chosen; None where no prompt ranks earlier turns.
     in_step, in_layout: what stays the same while the tokens that are cached do, and while the layout does.
     """
 
@@ -77,6 +83,7 @@ class PromptRows:
     key_rows: torch.Tensor
     key_and_last_rows: torch.Tensor
     past_end: torch.Tensor | None
+    held: torch.Tensor | None
     in_step: Memory
     in_layout: Memory = field(default_factory=Memory, repr=False)
     _first: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, repr=False)
@@ -132,6 +139,9 @@ class PromptRows:
             hidden = self.past_end
             if n > 1:
                 hidden = to_device(hidden_keys(lens, n), device)
+            if self.held is not None:
+                held = self.held.unsqueeze(1)
+                hidden = held if hidden is None else hidden | held
             self._query_rows[n] = QueryRows(
                 rows=rows,
                 behind_keys=behind_keys,
@@ -150,12 +160,13 @@ class PromptRows:
         *,
         of: int = 0,
         in_step: Memory | None = None,
+        held: HeldTokens | None = None,
     ) -> PromptRows:
         """Prompts as laid out in a stage; None: as candidates of the first decision.
 
         stage: the one that is decided for. of: the one whose K/V holds the cached tokens. Stages
         differ in it where earlier turns have been decided. in_step: that of the step's other layouts
-        with the same cached tokens.
+        with the same cached tokens. held: what stages hold, for prompts that rank earlier turns.
         """
         prefills = plan.prefills
         lengths = plan.candidates if layout is None else plan.stages[layout]
@@ -175,6 +186,7 @@ class PromptRows:
         keys[own_places] = cached.sum() + np.arange(len(rows))
         keys[_ranges(first_places, cached)] = np.arange(cached.sum())
         shared, shared_rows = _shared_text(plan, lengths, prefills)
+        earlier, first_earlier = _earlier_turns(prefills, of, first_places + cached)
         # Whatever the decision for this stage needs goes to the device in one copy.
         kept = tuple(p.turn.kept[stage] for p in prefills)
         hidden = hidden_keys(lens, 1)
@@ -186,12 +198,19 @@ class PromptRows:
             keys,
             _first_of_each(kept) if min(kept) < max(kept) else rows[:0],
             _as_numbers(hidden) if hidden.any() else rows[:0],
+            first_earlier,
         )
         on_device = to_device(np.concatenate(packed), device)
         key_and_last_rows = on_device[: len(shared_rows) + len(rows) + count]
-        _, rows, last, table, keys, first, past_end = on_device.split(
+        _, rows, last, table, keys, first, past_end, first_earlier = on_device.split(
             [len(part) for part in packed]
         )
+        is_held = None
+        if len(earlier):
+            assert held is not None, (
+                "an engine whose prompts rank earlier turns notes what stages hold"
+            )
+            is_held = held.among(of, earlier, first_earlier, (count, width))
         return cls(
             rows=rows,
             table=table.view(count, width),
@@ -209,6 +228,7 @@ class PromptRows:
             past_end=past_end.view(torch.bool)[: hidden.size].view(hidden.shape)
             if len(past_end)
             else None,
+            held=is_held,
             in_step=in_step or Memory(),
             _first={kept: first} if len(first) else {},
         )
@@ -232,9 +252,7 @@ def text_mask(plan: StepPlan, device: torch.device) -> torch.Tensor:
     """bool [candidates]: all but the visual tokens decided about in this step."""
     mask = np.ones(plan.candidates.num_tokens, dtype=bool)
     for prefill in plan.prefills:
-        end = prefill.first + prefill.num_tokens
-        own = prefill.routing.spans.mask(end)[prefill.first :]
-        mask[prefill.start : prefill.start + prefill.num_tokens] = ~own
+        mask[prefill.start : prefill.start + prefill.num_tokens] = ~prefill.ranked
     return to_device(mask, device)
 
 
@@ -255,6 +273,30 @@ def _shared_text(
         - plan.boundary.first[shared.request]
     )
     return shared, rows.astype(np.int64)
+
+
+def _earlier_turns(
+    prefills: tuple[ImagePrefill, ...], stage: int, first_places: np.ndarray
+) -> tuple[Places, np.ndarray]:
+    """Entries [n] of a stage's K/V among which are visual tokens of earlier turns, of prompts that rank
+    these, and [n] where the table of all prompts has the first visual token of each entry's prompt.
+
+    first_places: [requests], where it has the prompts' first rows.
+    """
+    entries, of_prompt = [], []
+    for number, prefill in enumerate(prefills):
+        if prefill.num_recalled:
+            for turn in prefill.routing.turns.turns:
+                if turn.end <= prefill.first:
+                    span = (prefill.routing.kv_length(stage, n) for n in (turn.begin, turn.end))
+                    entries.append(np.arange(*span))
+                    of_prompt += [number] * len(entries[-1])
+    nothing = np.zeros(0, dtype=np.int64)
+    number_of = np.array(of_prompt, dtype=np.int64)
+    batch_rows = np.array([p.index for p in prefills], dtype=np.int64)
+    before = np.array([p.turn.begin - p.first for p in prefills], dtype=np.int64)
+    places = Places(batch_rows[number_of], np.concatenate((nothing, *entries)))
+    return places, (first_places + before)[number_of]
 
 
 def _first_of_each(counts: tuple[int, ...]) -> np.ndarray:

@@ -23,10 +23,16 @@ def select_rows(
     lower position, so a request's choice does not depend on what else is in the batch.
     """
     table = prompts.table
-    stays = prompts.in_layout.once("stays", lambda: text[table])
+    stays = prompts.in_layout.once("stays", lambda: _stays(text, prompts))
     order = scores.masked_fill(stays, -torch.inf).sort(dim=1, descending=True, stable=True)
     most = max(num_kept)
     best = table.gather(1, order.indices[:, :most]).flatten()
     if min(num_kept) < most:
         best = best[prompts.first_of_each(num_kept)]
     return text.index_fill(0, best, True).nonzero_static(size=num_selected).squeeze(1)
+
+
+def _stays(text: torch.Tensor, prompts: PromptRows) -> torch.Tensor:
+    """bool [requests, width]: places that nobody chooses."""
+    stays = text[prompts.table]
+    return stays if prompts.held is None else stays | prompts.held

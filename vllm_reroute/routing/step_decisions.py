@@ -43,7 +43,9 @@ class StepDecisions:
         self._rows.append(choice.running.rows)
         scored = None
         if self._wants_scores and choice.scores is not None:
-            self._scores.append(choice.scores)
+            held = choice.prompts.held
+            scores = choice.scores if held is None else choice.scores.masked_fill(held, torch.nan)
+            self._scores.append(scores)
             scored = tuple(map(slice, choice.prompts.num_cached, choice.prompts.lens))
         self._decisions.append(_Decision(choice.stage, self._among, scored))
         if removes:
@@ -96,7 +98,7 @@ class HostDecisions:
     ) -> DecidedTurn:
         # What follows the turn in the same step is not decided about.
         rows = slice(prefill.start, prefill.start + prefill.num_turn_rows)
-        visual = prefill.routing.spans.mask(prefill.turn.end)[prefill.first :]
+        visual = prefill.ranked[: prefill.num_turn_rows]
         kept = kept[:, rows]
         runs = np.ones((prefill.turn.size, len(self._plan.stages)), dtype=bool)
         runs[:, [d.stage for d in self._decisions]] = kept[:, visual].T
@@ -112,8 +114,12 @@ class HostDecisions:
                     here = np.ones_like(visual) if decision.among is None else kept[decision.among]
                     ranked[here[visual], decision.stage] = of_rows[visual[here]]
             told = np.stack((runs.astype(np.float32), ranked), axis=-1)
+        came = (
+            prefill.turn.kept if prefill.turn.recalls else brought_back(runs).sum(axis=0).tolist()
+        )
         return DecidedTurn(
             end=prefill.turn.end,
-            brought_back=tuple(brought_back(runs).sum(axis=0).tolist()),
+            brought_back=tuple(came),
             told=told,
+            ranks_earlier=prefill.turn.recalls,
         )

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 
 from vllm_reroute.plan.step_plan import StepPlan
+from vllm_reroute.routing.held_tokens import HeldTokens, numbers_of
 from vllm_reroute.routing.prompt_rows import Memory, PromptRows, text_mask
 from vllm_reroute.routing.selection import select_rows
 
@@ -83,10 +84,16 @@ class TokenState:
     nothing has run since the last decision.
     """
 
-    def __init__(self, plan: StepPlan, stream: torch.Tensor, positions: torch.Tensor) -> None:
+    def __init__(
+        self,
+        plan: StepPlan,
+        stream: torch.Tensor,
+        positions: torch.Tensor,
+        held: HeldTokens | None = None,
+    ) -> None:
         """stream: [candidates, hidden] at the input of the first decision layer; written in place.
 
-        positions: [candidates] or [3, candidates].
+        positions: [candidates] or [3, candidates]. held: what stages hold, where turns are kept.
         """
         device = stream.device
         self.plan = plan
@@ -103,6 +110,7 @@ class TokenState:
         self.scores: torch.Tensor | None = None
         self._prompts: dict[int, PromptRows] = {}
         self._in_step: dict[int, Memory] = {}
+        self._held = held
         self._layout: int | None = None
         # What is cached before a prompt's first turn is text, the same in every stage.
         self._stages_differ = any(prefill.is_later_turn for prefill in plan.prefills)
@@ -114,7 +122,13 @@ class TokenState:
             device = self.candidates.stream.device
             in_step = self._in_step.setdefault(key, Memory())
             self._prompts[key] = PromptRows.of(
-                self.plan, self._layout, device, stage, of=key, in_step=in_step
+                self.plan,
+                self._layout,
+                device,
+                stage,
+                of=key,
+                in_step=in_step,
+                held=self._held,
             )
         return self._prompts[key]
 
@@ -151,10 +165,16 @@ class TokenState:
             )
             self.running = self.candidates.take(self.chosen)
         self.hidden, self.residual = self.running.stream, None
+        if self._held is not None:
+            self._held.write(stage, self.plan, self._numbers[self.running.rows])
         if removes:
             self.candidates, self.chosen = self.running, None
             self._prompts, self._layout = {}, stage
         return Choice(self.plan, stage, candidates, prompts, scores, self.running)
+
+    @cached_property
+    def _numbers(self) -> torch.Tensor:
+        return numbers_of(self.plan, self.candidates.stream.device)
 
     def _num_kept(self, stage: int) -> tuple[int, ...]:
         """Visual tokens to keep, per image prompt of the step."""

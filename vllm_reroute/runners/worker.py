@@ -14,6 +14,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm_reroute.plan.decided_turn import send
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.worker_base import CompilationTimes
     from vllm.v1.worker.worker_base import WorkerBase as _Stock
 
@@ -43,6 +44,15 @@ class RoutedWorker(_Stock):
             # First: vLLM then captures graphs, resets the seed and begins to watch for late compilation.
             WarmUp.of_runner(self.model_runner).run()
         return super().compile_or_warm_up_model()
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """What stages hold of visual tokens goes with the blocks that vLLM is about to copy."""
+        copies = scheduler_output.kv_cache_block_copies
+        if copies:
+            model: Any = self.get_model()
+            if model.routed_decoder.held_tokens is not None:
+                model.routed_decoder.held_tokens.copy(copies)
+        return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         output = super().sample_tokens(grammar_output)

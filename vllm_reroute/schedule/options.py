@@ -224,7 +224,17 @@ class RerouteOptions:
             )
         if (self.history or DEFAULT_HISTORY) == DEFAULT_HISTORY and marker is None:
             return
-        name, value = ("history", "keep") if self.history == "keep" else ("turn-marker", marker)
+        name, value = (
+            ("turn-marker", marker)
+            if self.history in (None, DEFAULT_HISTORY)
+            else ("history", self.history)
+        )
+        if self.history == "recall" and self.action == "remove":
+            raise ValueError(
+                "--reroute-history recall cannot be combined with --reroute-action remove: later turns "
+                "bring back what that removes for good. Allowed: rerank, keep. Take one of them, or "
+                "--reroute-action reroute."
+            )
         if self.starts_in_encoder:
             raise ValueError(
                 f"--reroute-{name} {value} cannot be combined with --reroute-schedule {self.schedule}: "

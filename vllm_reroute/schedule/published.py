@@ -43,11 +43,11 @@ SCORERS: Registry[Any] = Registry(
 earlier decisions, or at random, the baseline any ranking has to beat; and what is installed. Name ->
 subclass of `routing.scorers.Scorer`, which this room does not import."""
 
-History = Literal["rerank", "keep"]
+History = Literal["rerank", "keep", "recall"]
 
-HISTORIES: tuple[History, ...] = ("rerank", "keep")
+HISTORIES: tuple[History, ...] = ("rerank", "keep", "recall")
 """What a later turn of a conversation does with the pictures of earlier ones: its question ranks all
-visual tokens anew, or finds what the question that came with a picture has kept."""
+visual tokens anew, finds what the question that came with a picture has kept, or adds to that."""
 
 PUBLISHED_DEPTH = 32
 """Decoder depth the published decision layers are written for (LLaVA-1.5-7B)."""

@@ -81,11 +81,17 @@ class RequestOptions:
         if not self.chooses:
             return schedule
         history = self.history or schedule.history
-        if history == "keep" and not schedule.marker:
+        if history != "rerank" and not schedule.marker:
             raise ValueError(
-                "reroute_history 'keep' needs a server that knows where turns end. Allowed: "
-                "'rerank'. Leave it out, or start the server with --reroute-history keep, or with "
+                f"reroute_history {history!r} needs a server that knows where turns end. Allowed: "
+                f"'rerank'. Leave it out, or start the server with --reroute-history {history}, or with "
                 "--reroute-turn-marker and the text with which a prompt asks the assistant to speak."
+            )
+        if history == "recall" and not schedule.reroutes:
+            raise ValueError(
+                "reroute_history 'recall' brings back what this server's action 'remove' removes for "
+                "good. Allowed: 'rerank', 'keep'. Take one of them, or ask a server with "
+                "--reroute-action reroute."
             )
         return replace(schedule, keep=self.keep_ratios(schedule), history=history)
 

@@ -142,6 +142,16 @@ class RoutingSchedule:
         """Index of the stage that decoder layer `layer` belongs to; each is one KV cache group."""
         return next(i for i, s in enumerate(self.stages) if s.first_layer <= layer < s.end_layer)
 
+    @property
+    def keeps_turns(self) -> bool:
+        """Whether what finished turns have kept stays."""
+        return self.history != "rerank"
+
+    @property
+    def recalls(self) -> bool:
+        """Whether later questions also bring back what earlier ones have deferred."""
+        return self.history == "recall"
+
     def kept_per_stage(self, *image_sizes: int) -> list[int]:
         """Visual tokens that run in each stage, of a request with images of these sizes."""
         sizes = image_sizes or (REFERENCE_VISUAL_TOKENS,)

@@ -62,7 +62,7 @@ def configure_routing(vllm_config: VllmConfig, options: RerouteOptions) -> VllmC
         model_config.hf_text_config.num_hidden_layers,
         first_decision_layer(model_config.hf_config),
     )
-    if options.history == "keep" or options.turn_marker is not None:
+    if schedule.keeps_turns or options.turn_marker is not None:
         marker = turn_marker(model_config, options.turn_marker)
         schedule = replace(schedule, marker=marker)
     assert isinstance(vllm_config.additional_config, dict), "reroute's options are an entry of it"

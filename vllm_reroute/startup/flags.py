@@ -112,13 +112,14 @@ def _add_conversation(add: AddArgument) -> None:
         choices=HISTORIES,
         help="What a later turn of a conversation does with earlier pictures: 'rerank' ranks all of "
         "them by the newest question; 'keep' finds what the question that came with a picture has "
-        "kept, so that finished turns are read from the prefix cache in all layers. Default: "
+        "kept, so that finished turns are read from the prefix cache in all layers; 'recall' does too, and "
+        "lets every later question bring back a few of the tokens it needs. Default: "
         f"{DEFAULT_HISTORY}.",
     )
     add(
         "--reroute-turn-marker",
         metavar="TEXT",
-        help="With --reroute-history keep, or to let requests ask for it: the text with which a "
+        help="With --reroute-history keep or recall, or to let requests ask for it: the text with which a "
         "prompt asks the assistant to speak, where the model's chat template does not say it, e.g. "
         "'ASSISTANT:'.",
     )

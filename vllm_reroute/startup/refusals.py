@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import vllm.envs as envs
 
 from vllm_reroute.kv_cache.spec import PLAIN_CACHE_DTYPES
-from vllm_reroute.plan.chunks import FEWEST_STEP_TOKENS
+from vllm_reroute.plan.chunks import fewest_step_tokens
+from vllm_reroute.schedule import RoutingSchedule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -198,11 +199,12 @@ def check_config(vllm_config: VllmConfig) -> None:
         "max_num_batched_tokens",
     ):
         most = getattr(vllm_config.scheduler_config, option)
-        if most is not None and 0 < most < FEWEST_STEP_TOKENS:
+        fewest = fewest_step_tokens(RoutingSchedule.of(vllm_config).marker)
+        if most is not None and 0 < most < fewest:
             raise ValueError(
                 f"--{option.replace('_', '-')} {most} cannot be combined with visual-token routing: an "
-                f"image prompt runs at least two tokens at a time. Allowed: unset, or "
-                f"{FEWEST_STEP_TOKENS} and more. Raise it, or serve without --reroute-schedule."
+                f"image prompt runs at least {fewest - 1} tokens at a time. Allowed: unset, or "
+                f"{fewest} and more. Raise it, or serve without --reroute-schedule."
             )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(

@@ -24,7 +24,7 @@ def turn_marker(model_config: ModelConfig, text: str | None) -> tuple[int, ...]:
     tokenizer: Any = cached_tokenizer_from_config(model_config)
     if tokenizer is None:
         raise ValueError(
-            "--reroute-history keep looks for the ends of turns among a prompt's tokens, but "
+            "--reroute-history keep or recall looks for the ends of turns among a prompt's tokens, but "
             "--skip-tokenizer-init leaves no tokenizer to find them with. Leave that out, or take "
             "--reroute-history rerank."
         )
@@ -36,7 +36,7 @@ def turn_marker(model_config: ModelConfig, text: str | None) -> tuple[int, ...]:
         why = f"the chat template of {model_config.model} does not show how"
     if not marker:
         raise ValueError(
-            "--reroute-history keep needs to know how a prompt asks the assistant to speak, and "
+            "--reroute-history keep or recall needs to know how a prompt asks the assistant to speak, and "
             f"{why}. Give that text with --reroute-turn-marker, such as 'ASSISTANT:', or take "
             "--reroute-history rerank."
         )
