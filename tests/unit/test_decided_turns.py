@@ -11,6 +11,7 @@ from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.worker.worker_base import WorkerBase
 
+from vllm_reroute.kv_cache.decided_turns import DecidedTurns
 from vllm_reroute.metrics import carrier
 from vllm_reroute.metrics.catalogue import BROUGHT_BACK
 from vllm_reroute.plan.decided_turn import DecidedTurn, turns_of
@@ -150,3 +151,26 @@ def test_a_routed_engine_has_such_a_worker(config, engine_config):
     stock = engine_config().parallel_config.worker_cls
     made = resolve_obj_by_qualname(config.parallel_config.worker_cls)
     assert made.__mro__[2] is resolve_obj_by_qualname(stock)
+
+
+def test_a_turn_that_looks_back_adds_to_what_was_told():
+    """Who runs by any turn, with the score of the latest that ranked it."""
+    counts = SimpleNamespace(brought_back=lambda of_stages: None)
+    turns = DecidedTurns({"asks", "wants scores"}, counts)
+    yes, no, nan = True, False, np.float32(np.nan)
+
+    def scored(runs, scores):
+        return np.stack((np.array(runs, np.float32), np.array(scores, np.float32)), axis=-1)
+
+    told = [[yes, no]], [[yes, yes], [yes, no]], [[yes, no], [yes, no], [yes, yes]]
+    scores = [[nan, 0.1]], [[nan, 0.5], [nan, 0.2]], [[nan, 0.3], [nan, nan], [nan, 0.4]]
+    for end, (runs, ranks) in enumerate(zip(told, scores, strict=True), 1):
+        for name, own in (("asks", np.array(runs)), ("wants scores", scored(runs, ranks))):
+            of_turn = DecidedTurn(end=end, brought_back=(), told=own, ranks_earlier=end == 3)
+            turns.take({name: of_turn})
+    outputs = [SimpleNamespace(request_id=name) for name in ("asks", "wants scores")]
+    turns.tell({0: SimpleNamespace(outputs=outputs)})
+    everyone = [[yes, no], [yes, yes], [yes, yes]]
+    assert outputs[0].routed_experts.tolist() == everyone
+    latest = scored(everyone, [[nan, 0.3], [nan, 0.5], [nan, 0.4]])
+    np.testing.assert_array_equal(outputs[1].routed_experts, latest)

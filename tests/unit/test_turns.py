@@ -91,12 +91,12 @@ def test_a_prompt_is_one_turn_unless_its_history_keeps():
     spans = VisualSpans((6, 23), (16, 27))
     schedule = SCHEDULE.from_dict({**SCHEDULE.to_dict(), "history": "rerank"})
     routing = RequestRouting.of(spans, prompt, schedule, 4)
-    assert routing.turns.turns == (Turn(4, 30, 14, (14, 7, 14, 1)),)
+    assert routing.turns.turns == (Turn(4, 30, 14, (14, 7, 14, 1), 27),)
     asked = {"reroute": {"history": "keep"}}
     keeps = RequestRouting.of(spans, prompt, schedule, 4, asked)
     assert keeps.turns.turns == (
-        Turn(4, 18, 10, (10, 5, 10, 1)),
-        Turn(23, 29, 4, (4, 2, 4, 1)),
+        Turn(4, 18, 10, (10, 5, 10, 1), 16),
+        Turn(23, 29, 4, (4, 2, 4, 1), 27),
     )
     assert keeps.kept == (14, 7, 14, 2) and keeps.seed(keeps.turns.turns[0]) != routing.seed(
         routing.turns.turns[0]
@@ -115,7 +115,7 @@ def test_chance_falls_alike_when_a_turn_comes_back():
 
 def test_a_picture_needs_a_marker_behind_it():
     spans = VisualSpans((1,), (4,))
-    assert cut_at_markers(spans, [1, 5, 5, 5, 8, 9], MARKER) == [Cut(1, 6, 3)]
+    assert cut_at_markers(spans, [1, 5, 5, 5, 8, 9], MARKER) == [Cut(1, 6, 3, 4)]
     # The answer's own end is none, and what is before the picture asks for something else.
     for prompt in ([1, 5, 5, 5, 8, 1, 9], [8, 5, 5, 5, 9, 1], [9, 5, 5, 5], [5]):
         with pytest.raises(ValueError, match="no marker"):

@@ -116,11 +116,6 @@ class ParkedManager(LayeredManager):
             if routing.turns.open_at(num_computed) is None and not routing.awaits(num_computed):
                 self._release(request_id)
 
-    def pages_of(self, turn: Turn, num_tokens: int) -> range:
-        """Numbers of the blocks that a turn's tokens fill, as far as `num_tokens` reach."""
-        end = min(turn.end, num_tokens)
-        return range(turn.begin // self.block_size, cdiv(end, self.block_size))
-
     def _release(self, request_id: str) -> None:
         """Every stage has the turn: its parked states are only good for the prefix cache."""
         request, blocks = self.live.requests[request_id], self.req_to_blocks[request_id]
@@ -173,25 +168,29 @@ class ParkedManager(LayeredManager):
             return []
         needed = self._needed(routing, num_computed, num_tokens)
         if not in_one_step and routing.num_prompt > self.live.max_step_tokens:
-            each = [self.pages_of(turn, turn.end) for turn in routing.turns.with_pictures()]
+            each = [self._waiting(turn, turn.end) for turn in routing.turns.with_pictures()]
             needed = each if routing.awaited else [max(each, key=len)]
         return sorted({index for pages in needed for index in pages if index >= held})
 
     def _needed(self, routing: RequestRouting, num_computed: int, num_tokens: int) -> list[range]:
         """Blocks of tokens that are in pages once `num_tokens` tokens have run."""
+        size, turns = self.block_size, routing.turns
+        waiting = turns.open_at(num_tokens)
+        needed = [] if waiting is None else [self._waiting(waiting, num_tokens)]
         if routing.recalls:
-            return [
-                self.pages_of(turn, num_tokens)
-                for turn in routing.turns.with_pictures()
-                if turn.begin < num_tokens
-                and (
-                    num_tokens < turn.end
-                    or (turn in routing.awaited and routing.awaits(num_computed))
-                    or (self.live.offers_parked and num_computed < turn.end)
-                )
+            offered, awaits = self.live.offers_parked, routing.awaits(num_computed)
+            needed += [
+                turn.reusable(size)
+                for turn in turns.with_pictures()
+                if turn.end <= num_tokens
+                and ((awaits and turn in routing.awaited) or (offered and num_computed < turn.end))
             ]
-        size, offered = self.block_size, routing.turns.turns[0]
-        if self.live.offers_parked and num_computed < offered.end <= num_tokens:
-            return [range(offered.begin // size, offered.end // size)]
-        turn = routing.turns.open_at(num_tokens)
-        return [] if turn is None else [self.pages_of(turn, num_tokens)]
+            return needed
+        first = turns.turns[0]
+        if self.live.offers_parked and num_computed < first.end <= num_tokens:
+            return [range(first.begin // size, first.end // size)]
+        return needed
+
+    def _waiting(self, turn: Turn, num_tokens: int) -> range:
+        """Blocks that a turn's first `num_tokens` tokens fill, those of a turn that has to wait."""
+        return range(turn.begin // self.block_size, cdiv(num_tokens, self.block_size))

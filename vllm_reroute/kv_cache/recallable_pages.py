@@ -23,7 +23,7 @@ class RecallablePages:
 
     def offer(self, keys: TurnKeys, turn: Turn) -> None:
         """All states of a turn are in pages once the step just planned has run."""
-        for index in self._parked.pages_of(turn, turn.end):
+        for index in turn.reusable(self._parked.block_size):
             self._parked.put(keys.request.request_id, index, keys.page(turn, index))
 
     def find(self, keys: TurnKeys, num_tokens: int) -> tuple[list[LayerBlocks], int]:
@@ -34,7 +34,7 @@ class RecallablePages:
         for turn in keys.routing.awaited:
             if turn.end > num_tokens:
                 break
-            for index in self._parked.pages_of(turn, turn.end):
+            for index in turn.recallable(self._parked.block_size):
                 pages = self._parked.cached_blocks(keys.page(turn, index))
                 if pages is None:
                     return [], turn.begin

@@ -24,7 +24,7 @@ def rows_alike(table: np.ndarray) -> tuple[int, ...]:
 class BatchTurns:
     """All turns of a batch as arrays.
 
-    request, begin, end: [turns] int64. recalled: [turns] int64, visual tokens of earlier turns that are
+    request, begin, end, visual_end: [turns] int64. recalled: [turns] int64, visual tokens of earlier turns that are
     ranked. awaited, recallable: bool [turns], whether a later turn of the prompt, or of a longer one,
     may bring back tokens of this one. deferred: [stages, turns] int64.
     """
@@ -32,6 +32,7 @@ class BatchTurns:
     request: np.ndarray
     begin: np.ndarray
     end: np.ndarray
+    visual_end: np.ndarray
     recalled: np.ndarray
     awaited: np.ndarray
     recallable: np.ndarray
@@ -44,6 +45,7 @@ class BatchTurns:
                 i,
                 turn.begin,
                 turn.end,
+                turn.visual_end,
                 turn.size * turn.recalls,
                 turn in routing.awaited,
                 routing.recalls and not turn.recalls,
@@ -53,9 +55,10 @@ class BatchTurns:
             if routing is not None
             for turn in routing.turns.turns
         ]
-        table = np.array(turns, dtype=np.int64).reshape(len(turns), 6 + num_stages).T
-        awaited, recallable = table[4:6].astype(bool)
-        return cls(table[0], table[1], table[2], table[3], awaited, recallable, table[6:])
+        table = np.array(turns, dtype=np.int64).reshape(len(turns), 7 + num_stages).T
+        request, begin, end, visual_end, recalled = table[:5]
+        awaited, recallable = table[5:7].astype(bool)
+        return cls(request, begin, end, visual_end, recalled, awaited, recallable, table[7:])
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class RequestRouting:
             turns = _turns(schedule, cut)
         else:
             kept = _kept(schedule, spans.sizes)
-            turns = (Turn(text_prefix, len(prompt), spans.num_visual, kept),)
+            turns = (Turn(text_prefix, len(prompt), spans.num_visual, kept, spans.end),)
         return cls(
             spans=spans,
             prompt=prompt,
@@ -140,16 +140,17 @@ def _turns(schedule: RoutingSchedule, cut: Sequence[Cut]) -> tuple[Turn, ...]:
     if not schedule.recalls:
         with_pictures = (one for one in cut if one.size)
         return tuple(
-            Turn(one.first, one.end, one.size, _kept(schedule, (one.size,)))
+            Turn(one.first, one.end, one.size, _kept(schedule, (one.size,)), one.visual_end)
             for one in with_pictures
         )
     counts = RecallCounts(lambda size: _kept(schedule, (size,)))
     turns: list[Turn] = []
     for one in cut:
         if one.size:
-            turns.append(Turn(one.first, one.end, one.size, counts.picture(one.size)))
+            kept = counts.picture(one.size)
+            turns.append(Turn(one.first, one.end, one.size, kept, one.visual_end))
             continue
         begin = max(min(one.first, one.end - LAST_TOKENS), turns[-1].end)
         if one.end - begin >= LAST_TOKENS and any(brought := counts.question()):
-            turns.append(Turn(begin, one.end, counts.num_visual, brought, recalls=True))
+            turns.append(Turn(begin, one.end, counts.num_visual, brought, visual_end=0))
     return tuple(turns)

@@ -286,7 +286,9 @@ def _parks(
         stop[request] = turns.end[offered] // block_size * block_size
     needed = ending & (turns.awaited | (turns.recallable & offers_parked))
     request = turns.request[needed]
-    begin[request], stop[request] = turns.begin[needed], turns.end[needed]
+    blocks = np.maximum(turns.end // block_size, -(-turns.visual_end // block_size))
+    begin[request] = turns.begin[needed]
+    stop[request] = np.minimum(turns.end, blocks * block_size)[needed]
     return begin, stop
 
 

@@ -22,19 +22,35 @@ class Turn:
 
     begin: tokens from this position on wait for the decisions. end: one past the token that ranks,
     the last of the question. size: visual tokens that are ranked. kept: per stage, those that run
-    there. recalls: whether they are those of all earlier turns, since this one has none of its own.
-    What runs then stands in front of `begin` in a stage's K/V, and the tokens from there on see it.
+    there. visual_end: one past the last visual token of its own; 0 where it has none and *recalls*: it
+    ranks those of all earlier turns. What runs of them then stands in front of `begin` in a stage's
+    K/V, and the tokens from there on see it.
     """
 
     begin: int
     end: int
     size: int
     kept: tuple[int, ...]
-    recalls: bool = False
+    visual_end: int
+
+    @property
+    def recalls(self) -> bool:
+        """Whether it brings back visual tokens of earlier turns."""
+        return not self.visual_end
 
     def deferred(self, stage: int) -> int:
         """Visual tokens of the turn's own that do NOT run in a stage, less those it brings back."""
         return (0 if self.recalls else self.size) - self.kept[stage]
+
+    def reusable(self, block_size: int) -> range:
+        """Blocks of tokens that hold states which no question has chosen, for later turns and prompts: those that
+        the turn fills, and all in which it has visual tokens."""
+        end = max(self.end // block_size, -(-self.visual_end // block_size))
+        return range(self.begin // block_size, end)
+
+    def recallable(self, block_size: int) -> range:
+        """Blocks of tokens, from its first visual token's to its last one's."""
+        return range(self.begin // block_size, -(-self.visual_end // block_size))
 
     def is_inside(self, num_tokens: int) -> bool:
         """Whether the turn's decisions are still to come once `num_tokens` tokens have run."""
@@ -109,12 +125,13 @@ class Cut:
     """A turn as its prompt shows it.
 
     first: position of its first visual token; without any, of the marker it ends with. end: one past
-    that marker. size: visual tokens.
+    that marker. size: visual tokens. visual_end: one past the last of them; 0 without any.
     """
 
     first: int
     end: int
     size: int
+    visual_end: int
 
 
 def cut_at_markers(spans: VisualSpans, prompt: Sequence[int], marker: Sequence[int]) -> list[Cut]:
@@ -130,12 +147,12 @@ def cut_at_markers(spans: VisualSpans, prompt: Sequence[int], marker: Sequence[i
         if place == len(ends):
             raise ValueError(f"no marker behind the visual tokens that end at {stop}")
         end = ends[place]
-        before = turns.get(end, Cut(start, end, 0))
-        turns[end] = Cut(before.first, end, before.size + stop - start)
+        before = turns.get(end, Cut(start, end, 0, 0))
+        turns[end] = Cut(before.first, end, before.size + stop - start, stop)
     first = min(turns)
     for end in ends:
         if end > first and end not in turns:
-            turns[end] = Cut(end - len(marker), end, 0)
+            turns[end] = Cut(end - len(marker), end, 0, 0)
     return [turns[end] for end in sorted(turns)]
 
 
