@@ -115,3 +115,14 @@ def talk(
 
 def reset(llm: Any) -> None:
     assert llm.reset_prefix_cache()
+
+
+def asked(
+    folder: Path, turns: tuple[Turn, ...], said: str = " A cup.", **fields: Any
+) -> list[Dialogue]:
+    """A conversation's turns, each with all before it, where every answer was the same. fields: of `Dialogue`."""
+    own, asks = Talk(folder, turns), []
+    for number in range(len(turns)):
+        asks.append(replace(own.ask(number), **fields))
+        own.ids += own.tokenizer(said, add_special_tokens=False)["input_ids"]
+    return asks

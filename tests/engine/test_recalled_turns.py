@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from tests.engine.dialogues import Dialogue, Talk, Turn, reset, schedule_of, small, talk
+from tests.engine.dialogues import Dialogue, Talk, Turn, asked, reset, schedule_of, small, talk
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
 from tests.engine.probes import free_blocks, generate, generate_one_by_one, scheduler_of, stepwise
@@ -69,14 +69,14 @@ def test_a_conversation_is_the_same_cold_and_turn_by_turn(
     schedule = schedule_of(options, folder)
     host.engine(**small(models, options, max_num_batched_tokens=step))
     host.call(reset)
-    before = host.call(free_blocks)
+    free = host.call(free_blocks)
     said = []
     for turns in (FOLLOWED_UP, PICTURES_LATER):
         own = talk(host, oracles, schedule, Talk(folder, turns))
-        for (_, answer), (asked, earlier) in zip(own[1:], own, strict=False):
+        for (_, answer), (before, earlier) in zip(own[1:], own, strict=False):
             # The last token of an answer has not run.
             known = len(earlier.prompt_token_ids) + len(earlier.token_ids) - 1
-            assert answer.num_cached == known if asked.images else answer.num_cached <= known
+            assert answer.num_cached == known if before.images else answer.num_cached <= known
         assert brought_back(schedule, oracles, *own[-1]) > 0
         said += own
     host.call(reset)
@@ -95,7 +95,7 @@ def test_a_conversation_is_the_same_cold_and_turn_by_turn(
         for ask, _ in said[3:1:-1] + said[:6:-1]:
             (again,) = host.call(generate, [ask])
             oracles.check_tokens("grouped", schedule, ask, again)
-    assert host.call(free_blocks) == before
+    assert host.call(free_blocks) == free
 
 
 def test_a_small_pool_evicts_and_preempts(
@@ -110,10 +110,7 @@ def test_a_small_pool_evicts_and_preempts(
     asks: list[Any] = []
     for said in (" A cup.", " Two dogs, I think.", " A cup of hot coffee with a silver spoon."):
         for turns in (FOLLOWED_UP, PICTURES_LATER[1:]):
-            own = Talk(folder, turns, max_tokens=40)
-            for turn in range(4):
-                asks.append(own.ask(turn))
-                own.ids += own.tokenizer(said, add_special_tokens=False)["input_ids"]
+            asks += asked(folder, turns, said, max_tokens=40)
     asks += [replace(LONG_TEXT, max_tokens=64), replace(TEXT_ONLY, max_tokens=64)]
     for every in (1, 3):
         seen = v1.call(stepwise, asks, every=every)
@@ -149,12 +146,9 @@ def test_without_a_prefix_cache(v1: EngineHost, models: Any, oracles: OracleAnsw
     schedule = schedule_of(RECALL, folder)
     v1.engine(**small(models, RECALL, enable_prefix_caching=False, async_scheduling=False))
     before = v1.call(free_blocks)
-    asks: list[Any] = []
-    for turns in (FOLLOWED_UP, PICTURES_LATER):
-        own = Talk(folder, turns)
-        for turn in range(len(turns)):
-            asks.append(replace(own.ask(turn), explain=True))
-            own.ids += own.tokenizer(" A cup.", add_special_tokens=False)["input_ids"]
+    asks = [
+        ask for turns in (FOLLOWED_UP, PICTURES_LATER) for ask in asked(folder, turns, explain=True)
+    ]
     for ask, answer in zip(asks, v1.call(generate, asks), strict=True):
         oracles.check_tokens("grouped", schedule, ask, answer)
     assert v1.call(free_blocks) == before
