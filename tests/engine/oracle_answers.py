@@ -12,7 +12,7 @@ from tests.engine.family_requests import FamilyAsk, processor
 from tests.engine.host import EngineHost
 from tests.engine.probes import generate, generate_one_by_one
 from tests.engine.requests import Answer, Ask
-from tests.oracle import NuwaOracle, OracleResult, RoutedOracle
+from tests.oracle import NuwaOracle, OracleResult, RecallOracle, RoutedOracle
 from vllm_reroute.schedule import RoutingSchedule
 
 LOGPROB_TOLERANCE = 1e-4
@@ -20,6 +20,10 @@ LOGPROB_TOLERANCE = 1e-4
 
 def oracle_of(folder: Path, schedule: RoutingSchedule) -> RoutedOracle:
     """The oracle for a checkpoint under a schedule."""
+    if schedule.recalls:
+        return RecallOracle(
+            folder, marker=len(schedule.marker), layers=schedule.layers, keep=schedule.keep
+        )
     if schedule.encoder_ratio is None:
         return RoutedOracle(
             folder,
@@ -65,7 +69,7 @@ class OracleAnswers:
         if request not in self._results:
             inputs = ask.inputs(processor(self._models[model]))
             assert inputs["input_ids"][0].tolist() == prompt
-            ends = {"turn_ends": turn_ends(prompt, schedule)} if schedule.history == "keep" else {}
+            ends = {"turn_ends": turn_ends(prompt, schedule)} if schedule.keeps_turns else {}
             self._results[request] = self._oracles[key].run(inputs, ask.max_tokens, **ends)
         return self._results[request]
 

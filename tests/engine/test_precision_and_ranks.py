@@ -11,6 +11,7 @@ import torch
 from transformers import AutoProcessor
 
 from tests.engine.conftest import engine_args
+from tests.engine.dialogues import asked, schedule_of
 from tests.engine.host import EngineHost
 from tests.engine.int8_checkpoint import Int8Oracle, make_int8_checkpoint
 from tests.engine.oracle_answers import OracleAnswers
@@ -29,10 +30,22 @@ SCHEDULE = RerouteOptions.from_mapping(OPTIONS).resolve(8)
 def test_tensor_parallel_agrees_with_oracle(
     v1: EngineHost, models: Any, oracles: OracleAnswers
 ) -> None:
-    """Two ranks, each a process, choose alike, and one of them says what."""
-    v1.engine(**engine_args(models["grouped"], OPTIONS, tensor_parallel_size=2))
-    for ask, answer in zip(MIXED, v1.call(generate, MIXED), strict=True):
+    """Two ranks, each a process, choose alike, and one of them says what. So they do where a later question
+    brings visual tokens back."""
+    folder = models["grouped"]
+    options = {**OPTIONS, "turn_marker": "ASSISTANT:"}
+    recalls = schedule_of({**OPTIONS, "history": "recall"}, folder)
+    talk = asked(
+        folder,
+        (("What is shown?", (0,)), ("Is it red?", ()), ("Why?", ())),
+        options={"extra_args": {"reroute": {"history": "recall"}}},
+        explain=True,
+    )[-1]
+    v1.engine(**engine_args(folder, options, tensor_parallel_size=2))
+    *answers, last = v1.call(generate, [*MIXED, talk])
+    for ask, answer in zip(MIXED, answers, strict=True):
         oracles.check("grouped", SCHEDULE, ask, answer)
+    oracles.check_tokens("grouped", recalls, talk, last)
 
 
 def errors(

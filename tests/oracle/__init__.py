@@ -4,6 +4,7 @@ Imports neither vllm nor the package under test, so the two can only agree by be
 """
 
 from .nuwa import NuwaOracle, NuwaResult
+from .recall import RecallOracle
 from .routed import OracleResult, RoutedOracle
 
-__all__ = ["NuwaOracle", "NuwaResult", "OracleResult", "RoutedOracle"]
+__all__ = ["NuwaOracle", "NuwaResult", "OracleResult", "RecallOracle", "RoutedOracle"]

@@ -65,17 +65,18 @@ def model(request, routed_model):
 
 
 def decisions(
-    model, num_images: int, cached: int = 0, others: VisualSpans = SPANS
+    model, num_images: int, cached: int = 0, others: VisualSpans = SPANS, prompt: Any = None
 ) -> list[Counter[str]]:
     """Operations of each decision of a step that ends `num_images` prompts beside a decode.
 
-    others: visual tokens of all but the first of them.
+    others: visual tokens of all but the first of them. prompt: token ids, where they matter.
     """
+    prompt = prompt or range(NUM_PROMPT)
     routings = [
-        RequestRouting.of(spans, range(NUM_PROMPT), model.schedule, model.block_size)
+        RequestRouting.of(spans, prompt, model.schedule, model.block_size)
         for spans in (SPANS, *[others] * (num_images - 1))
     ]
-    states = torch.randn(NUM_PROMPT, model.hidden_size, dtype=model.pool.dtype)
+    states = torch.randn(len(prompt), model.hidden_size, dtype=model.pool.dtype)
     images = [Conversation(routing, states, cached) for routing in routings]
     run = Conversations(model, [*images, Conversation(None, states, 60)])
     counted: list[Counter[str]] = []
@@ -98,7 +99,7 @@ def decisions(
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(type(model.decoder), "_decide", counting_decide)
-        run.step({**dict.fromkeys(range(num_images), NUM_PROMPT - cached), num_images: 1})
+        run.step({**dict.fromkeys(range(num_images), len(prompt) - cached), num_images: 1})
     return [seen for seen in counted if seen]
 
 
@@ -120,3 +121,24 @@ def test_operations_of_a_decision(model, cached):
     if model.schedule.reroutes:
         assert max(max(of[1:]) for of in counts) <= MOST_LATER, counts
     print(cached, counts)
+
+
+MOST_RECALLING = 44
+"""Of a decision for which a later question ranks earlier pictures: which of their tokens the stage holds is
+looked up, and written down, by the slots of the stage."""
+
+
+def test_operations_of_a_decision_that_brings_tokens_back(routed_model):
+    options = {**REROUTE, "history": "recall", "turn_marker": "ASSISTANT:"}
+    model = routed_model(options, dtype="bfloat16", max_num_batched_tokens=1024)
+    marker = [*model.schedule.marker]
+    prompt = [1] * (NUM_PROMPT - len(marker)) + marker + [1] * 20 + marker
+    decided = NUM_PROMPT + 20
+    decisions(model, 1, decided, prompt=prompt)
+    one, two, four = (decisions(model, n, decided, prompt=prompt) for n in (1, 2, 4))
+    uneven, more = (decisions(model, n, decided, SMALLER, prompt) for n in (2, 4))
+    assert {len(seen) for seen in (one, two, four, uneven)} == {len(model.schedule.decisions)}
+    assert two == four and uneven == more, "prompts of a step are decided about together"
+    counts = [[seen.total() for seen in of] for of in (one, four, uneven)]
+    print(counts, max(uneven, key=Counter.total))
+    assert max(map(max, counts)) <= MOST_RECALLING, (counts, max(uneven, key=Counter.total))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from vllm_reroute.plan.step_plan import Places
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.routing.decoder import RoutedDecoder
 from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
+from vllm_reroute.routing.held_tokens import HeldTokens
 from vllm_reroute.routing.scorers import ScoringLayer, attention
 from vllm_reroute.routing.scorers.attention import LAST_TOKEN, ScoringRule
 from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
@@ -237,6 +239,24 @@ def test_rules_of_several_tokens_read_nothing_back(heads: Any) -> None:
     schedule = RerouteOptions.from_mapping(SCHEDULES[3]).resolve(DEPTH)
     decoder = Decoder(schedule, ScoringRule(num_queries=3, heads=heads))
     decoder.step([going(schedule, *request) for request in STEPS["all of it"]])
+
+
+@pytest.mark.parametrize("most", [64, 12], ids=["whole stages", "pieces"])
+def test_bringing_tokens_back_reads_nothing_back(most: int) -> None:
+    """A later question's decisions, beside a picture's own and text; what stages hold is copied with blocks."""
+    schedule = RerouteOptions.from_mapping({**SCHEDULES[0], "history": "recall"}).resolve(DEPTH)
+    schedule = replace(schedule, marker=(8, 9))
+    prompt = [1] * 24 + [8, 9, 1, 1, 8, 9]
+    routing = routing_of(SPANS, prompt, schedule, BLOCK)
+    decoder = Decoder(schedule)
+    attentions = [scorer.attention.attn for scorer in decoder.routed._scorers.values()]
+    held = decoder.routed.held_tokens = HeldTokens([attentions[0], *attentions])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        held.copy([(3, 5), (4, 6)])
+    batch = [Going(routing, 26, 4), Going(routing, 0, 26), Going(None, 7, 1), Going(routing, 28, 2)]
+    output, plan = decoder.step(batch, most)
+    assert output.shape == (plan.num_tokens + 3, HIDDEN)
+    assert [prefill.num_recalled for prefill in plan.prefills] == [16, 0, 16]
 
 
 def test_this_test_would_notice() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.quality.recall.decoder import Decoder
 from benchmarks.quality.recall.history import History, Recall, Schedule, Turn
-from tests.oracle import RoutedOracle
+from tests.oracle import RecallOracle, RoutedOracle
 from tests.oracle.tiny import DEPTH, IMAGE, VISUAL, build, request
 
 from .recall_by_hand import recalled
@@ -23,8 +23,12 @@ TURNS = (
 
 
 @pytest.fixture(scope="module")
-def oracle(tmp_path_factory):
-    folder = build(tmp_path_factory.mktemp("llama-mha"), "llama-mha")
+def folder(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("llama-mha"), "llama-mha")
+
+
+@pytest.fixture(scope="module")
+def oracle(folder):
     return RoutedOracle(folder, action="reroute", layers=LAYERS, keep=KEEP)
 
 
@@ -33,29 +37,29 @@ def decoder(oracle):
     return Decoder(oracle.model)
 
 
-def tokens(turn):
-    return [*TURNS[turn][0], *TURNS[turn][1]]
+def tokens(turn, of=TURNS):
+    return [*of[turn][0], *of[turn][1]]
 
 
-def ready(oracle, turns):
+def ready(oracle, turns, of=TURNS):
     """The token rows of those turns, as one `Turn` that ends with the last one's question."""
-    ids = torch.tensor([each for turn in turns for each in tokens(turn)])
+    ids = torch.tensor([each for turn in turns for each in tokens(turn, of)])
     visual = ids == IMAGE
     rows = oracle.model.get_input_embeddings()(ids.masked_fill(visual, 0))
     pixels = request([1, *PICTURE, *PICTURE, 2], 2)["pixel_values"]
     features = torch.cat(list(oracle.model.get_image_features(pixels).pooler_output))
-    first = VISUAL * sum(IMAGE in TURNS[turn][0] for turn in range(turns[0]))
+    first = VISUAL * sum(IMAGE in of[turn][0] for turn in range(turns[0]))
     rows[visual] = features[first : first + int(visual.sum())]
-    return Turn(rows=rows, visual=visual, end=len(ids) - len(TURNS[turns[-1]][1]))
+    return Turn(rows=rows, visual=visual, end=len(ids) - len(of[turns[-1]][1]))
 
 
-def expected(oracle, turn, **options):
+def expected(oracle, turn, of=TURNS, **options):
     """Log-probabilities of that turn's answer, and the choices, as the oracle finds them."""
-    prompt = [each for before in range(turn) for each in tokens(before)] + TURNS[turn][0]
+    prompt = [each for before in range(turn) for each in tokens(before, of)] + of[turn][0]
     inputs = request(prompt, 2)
     if prompt.count(IMAGE) == VISUAL:
         inputs["pixel_values"] = inputs["pixel_values"][:1]
-    answer = [*TURNS[turn][1], 0]
+    answer = [*of[turn][1], 0]
     return oracle.run(inputs, len(answer), answer, **options)
 
 
@@ -158,3 +162,29 @@ def test_how_many_are_added_is_known_ahead(oracle, decoder):
         pictures += IMAGE in TURNS[turn][0]
         assert [len(entries) for entries in held(history)] == counts
     assert counts[1] == 2 * VISUAL
+
+
+BARE = (
+    ([1, 11, 12, *PICTURE, 13, 14], [15, 16]),
+    ([17, 18], [19, 20, 21]),
+    ([22, *PICTURE, 23, 24], [25]),
+    ([26, 27], [28, 29]),
+    ([30, 31], [32]),
+    ([33, 34], [35, 36]),
+)
+"""Questions that have no picture are nothing but the two tokens that questions end with."""
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("keep", [KEEP, (0.04, 0.2, 0.1), (0.5, 1.0, 0.9)], ids=str)
+def test_the_oracle_of_all_turns_at_once_is_what_is_written_out_by_hand(folder, keep):
+    """What is brought back stands in front of the marker there and of the turn here: the same place."""
+    oracle = RecallOracle(folder, marker=2, layers=LAYERS, keep=keep)
+    recall = Recall(share=0.25, absent=True, cap=2, text_turns=True)
+    turns = [ready(oracle, [turn], BARE) for turn in range(len(BARE))]
+    ends = [0]
+    for turn, by_hand in enumerate(recalled(oracle, turns, recall)):
+        ends[-1:] = [ends[-1] + len(BARE[turn][0])]
+        wanted = expected(oracle, turn, BARE, turn_ends=tuple(ends))
+        torch.testing.assert_close(by_hand.log_softmax(-1), wanted.logprobs, rtol=0, atol=1e-4)
+        ends.append(ends[-1] + len(BARE[turn][1]))

@@ -1,6 +1,7 @@
 """Turns of a prompt: where they end, and what stages have run by then, against counting one by one."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -23,25 +24,25 @@ SCHEDULE = RoutingSchedule(
 )
 
 
-def conversation(rng):
-    """A prompt and its spans: one to four turns, pictures in some of them."""
+def conversation(rng, marker=MARKER, pictures=(0, 1, 2), most=4):
+    """A prompt and its spans: up to `most` turns, with as many pictures as one of `pictures` says."""
     prompt, starts, ends = [WORD] * rng.randint(0, 9), [], []
-    for _ in range(rng.randint(1, 4)):
-        for _ in range(rng.randint(0, 2)):
+    for _ in range(rng.randint(1, most)):
+        for _ in range(rng.choice(pictures)):
             starts.append(len(prompt))
             prompt += [VISUAL] * rng.randint(1, 30)
             ends.append(len(prompt))
             prompt += [WORD] * rng.randint(0, 4)
-        prompt += [*MARKER, *[WORD] * rng.randint(0, 9)]
+        prompt += [*marker, *[WORD] * rng.randint(0, 9)]
     return prompt, VisualSpans(tuple(starts), tuple(ends)) if starts else None
 
 
-def routing_of(seed):
+def routing_of(seed, schedule=SCHEDULE, **options):
     rng = random.Random(seed)
     spans = None
     while spans is None:
-        prompt, spans = conversation(rng)
-    return prompt, RequestRouting.of(spans, prompt, SCHEDULE, 4)
+        prompt, spans = conversation(rng, **options)
+    return prompt, RequestRouting.of(spans, prompt, schedule, 4)
 
 
 def by_hand(prompt):
@@ -70,6 +71,11 @@ def check(prompt, routing):
     assert found == [[routing.text_prefix, *first], *later]
     for turn in turns.turns:
         assert turn.kept == (turn.size, *(max(1, int(turn.size * ratio)) for ratio in KEEP))
+    check_lengths(prompt, routing)
+
+
+def check_lengths(prompt, routing):
+    turns = routing.turns
     allowed = [n for n in range(len(prompt) + 9) if turns.allowed(n) == n]
     inside = [n for n in range(len(prompt) + 9) if turns.open_at(n)]
     assert sorted(allowed + inside) == [*range(len(prompt) + 9)]
@@ -84,6 +90,66 @@ def check(prompt, routing):
         for length in range(entries[allowed[-1]] + 1):
             assert turns.needed(stage, length) == min(n for n in allowed if entries[n] >= length)
             assert turns.reach(stage, length) == max(n for n in allowed if entries[n] <= length)
+
+
+def recalled_by_hand(prompt, marker):
+    """[begin, end, visual tokens of it or before it, kept] of each turn, token by token, and how many
+    follow-ups found no room."""
+    turns, sizes, visual, first, full = [], [], 0, None, 0
+    held = [0] * len(KEEP)
+    for position, token in enumerate(prompt):
+        end = position + 1
+        if token == VISUAL:
+            first, visual = position if visual == 0 else first, visual + 1
+        if tuple(prompt[end - len(marker) : end]) != marker or end < len(marker):
+            continue
+        if visual:
+            counts = [max(1, int(visual * ratio)) for ratio in KEEP]
+            turns.append([first, end, visual, (visual, *counts)])
+            sizes.append(visual)
+        elif turns:
+            begin = max(turns[-1][1], end - max(2, len(marker)))
+            room = [
+                min(
+                    max(1, int(max(1, int(sum(sizes) * ratio)) / 4)),
+                    2 * sum(max(1, int(size * ratio)) for size in sizes) - has,
+                    sum(sizes) - has,
+                )
+                for ratio, has in zip(KEEP, held, strict=True)
+            ]
+            counts = [max(0, count) for count in room]
+            full += not any(counts)
+            if end - begin < 2 or not any(counts):
+                continue
+            turns.append([begin, end, sum(sizes), (0, *counts)])
+        else:
+            continue
+        held = [has + count for has, count in zip(held, counts, strict=True)]
+        visual = 0
+    return turns, full
+
+
+@pytest.mark.parametrize("marker", [(8, 9), (9,), (9, 9), (8, 7, 8), (8, 7, 6, 9)], ids=str)
+def test_later_turns_recall_what_counting_tokens_gives(marker):
+    """Also where markers follow on each other, or overlap, and until there is no more room."""
+    schedule = replace(SCHEDULE, history="recall", marker=marker)
+    num_recalling, num_full = 0, 0
+    for seed in range(60):
+        prompt, routing = routing_of(
+            seed, schedule, marker=marker, pictures=((0, 1, 2), (0, 0, 0, 1))[seed % 2], most=30
+        )
+        ((_, *first), *later), full = recalled_by_hand(prompt, marker)
+        turns = routing.turns.turns
+        found = [[turn.begin, turn.end, turn.size, turn.kept] for turn in turns]
+        assert found == [[routing.text_prefix, *first], *later]
+        assert [turn.recalls for turn in turns] == [turn.kept[0] == 0 for turn in turns]
+        check_lengths(prompt, routing)
+        for stage in range(1, len(KEEP) + 1):
+            own = sum(turn.kept[stage] for turn in turns if not turn.recalls)
+            assert routing.kept[stage] <= min(2 * own, routing.spans.num_visual)
+        num_recalling += sum(turn.recalls for turn in turns)
+        num_full += full
+    assert num_recalling > 60 and num_full > 20
 
 
 def test_a_prompt_is_one_turn_unless_its_history_keeps():
