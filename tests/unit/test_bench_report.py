@@ -234,6 +234,27 @@ def test_chat_counts_five_turns_and_what_is_held():
     assert list(verdicts(found).values()) == [True, False]
 
 
+def test_recall_is_measured_where_one_conversation_has_later_turns():
+    kinds = {traffic.kind for traffic in chat.RECALLED}
+    assert kinds == {"turns", "new"} and {"turns", "new"} <= {t.kind for t in chat.ALONE}
+    named = {recalls: {spec.name for spec in chat._specs(recalls=recalls)} for recalls in (0, 1)}
+    assert named[1] - named[0] == {"192, recall", "64, recall"} and named[0] < named[1]
+    assert named[1] == set(chat.CONFIGURATIONS)
+    turns, others = chat_wave(0.6), chat_wave(0.6)
+    for name in named[1] - named[0]:
+        del others["engines"][name]
+    many = {name: {"samples": [{"total_s": 2.0}]} for name in named[0]}
+    found = chat.summarise({"turns": turns, "questions": others, "many-8": {"engines": many}})
+    text = "\n".join(chat.markdown(found)).splitlines()
+    assert any(line.startswith("| 192, recall | 0.50") for line in text)
+    (header,) = (line for line in text if "stock, ms" in line)
+    (questions,) = (line for line in text if line.startswith("| eight questions"))
+    cells = dict(zip(header.split(" | "), questions.removesuffix(" |").split(" | "), strict=False))
+    assert cells["192, recall"] == "-" != cells["192, keep"]
+    (header,) = (line for line in text if line.startswith("| at once"))
+    assert "64, keep" in header and "recall" not in header
+
+
 def capacity_wave(in_flight):
     samples = [
         {"in_flight": in_flight, "ideal": 20, "preemptions": 1, "total_s": 2.0 * factor}
