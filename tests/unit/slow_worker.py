@@ -32,7 +32,7 @@ class SlowWorker:
         self.groups = [stages[stage] for stage in range(len(stages))]
         (self.parked,) = set(range(len(specs))) - set(self.groups)
         self.dense_stages = int(schedule.encoder_ratio is None)
-        self.tables, self.keys = {}, {}
+        self.tables, self.keys, self.pictures = {}, {}, {}
         self.tags, self.cells = {}, {}
         self.num_parked = self.num_fetched = self.num_reused = self.num_copied = 0
 
@@ -50,6 +50,9 @@ class SlowWorker:
         for name in output.finished_req_ids:
             self.tables.pop(name, None)
         self._take_tables(output)
+        for name, inputs in output.scheduled_encoder_inputs.items():
+            sent = [self.pictures[name][number].data for number in inputs]
+            assert None not in sent, "a picture that the worker has never been sent"
         self._copy(output.kv_cache_block_copies or ())
         batch = [requests[name] for name in output.num_scheduled_tokens]
         now = np.array([*output.num_scheduled_tokens.values()], dtype=np.int64)
@@ -76,6 +79,7 @@ class SlowWorker:
     def _take_tables(self, output):
         for new in output.scheduled_new_reqs:
             self.tables[new.req_id] = [list(ids) for ids in new.block_ids]
+            self.pictures[new.req_id] = new.mm_features
             self.num_reused += new.num_computed_tokens
         cached = output.scheduled_cached_reqs
         for name, ids in zip(cached.req_ids, cached.new_block_ids, strict=True):

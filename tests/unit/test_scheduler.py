@@ -359,6 +359,21 @@ def test_a_resumed_request_longer_than_a_step_decides_as_before(configs):
     steps.finish()
 
 
+def test_who_found_its_picture_in_the_cache_can_still_run_it(configs):
+    """It is preempted and all that was cached is gone, the vision encoder's output, too."""
+    steps = Steps(configs["routed"])
+    picture = feature(5, 16, name="i")
+    for name in ("first", "again"):
+        steps.add(make_request(name, 50, [picture], max_tokens=20 if name == "again" else 1))
+        steps.run()
+    assert steps.worker.num_reused > 5 + 16
+    steps.scheduler.reset_prefix_cache(reset_running_requests=True)
+    steps.scheduler.encoder_cache_manager.reset()
+    # The worker checks that it has been given what it is to encode.
+    assert steps.run() == {"again": 51}
+    steps.finish()
+
+
 @pytest.mark.parametrize("caching", [False, True])
 def test_pages_are_released_right_after_the_step_that_decides(configs, caching):
     """Before its answer is known: the next step may have them."""

@@ -86,6 +86,10 @@ class RoutedSchedulerMixin(_Stock):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._deciding = 0, 0
         output = super().schedule(*args, **kwargs)
+        for new in output.scheduled_new_reqs:
+            # vLLM leaves out pictures that are all in the cache. A worker gets them this once, and needs
+            # them if the request comes back from a preemption and they are there no longer.
+            new.mm_features = self.requests[new.req_id].mm_features
         if self.live.schedule.marker and self.live.offers_parked:
             for request_id in output.num_scheduled_tokens:
                 self.kept_turns.offer(self.requests[request_id])
