@@ -33,7 +33,8 @@ class SlowWorker:
         (self.parked,) = set(range(len(specs))) - set(self.groups)
         self.dense_stages = int(schedule.encoder_ratio is None)
         self.tables, self.keys, self.pictures = {}, {}, {}
-        self.tags, self.cells = {}, {}
+        self.tags, self.cells, self.numbers = {}, {}, {}
+        self.num_recalled = 0
         self.num_parked = self.num_fetched = self.num_reused = self.num_copied = 0
 
     def routing(self, request):
@@ -94,6 +95,7 @@ class SlowWorker:
         for source, target in copies:
             self.tags[target] = self.tags[source]
             self.cells[target] = list(self.cells[source])
+            self.numbers[target] = dict(self.numbers.get(source, {}))
         self.num_copied += len(copies)
 
     def _score(self, prefill, request):
@@ -109,6 +111,22 @@ class SlowWorker:
             for layer in range(self.layers[group]):
                 blocks = self._blocks(name, group, layer, held)
                 self._check(blocks, (group, layer), keys, name, text)
+            if prefill.turn.recalls:
+                self._check_numbers(prefill, stage, keys, name)
+        self.num_recalled += prefill.num_recalled
+
+    def _check_numbers(self, prefill, stage, keys, name):
+        """Which visual tokens a stage holds is read where turns have been decided."""
+        turns = [turn for turn in prefill.routing.turns.turns if turn.end <= prefill.first]
+        assert turns and turns[-1].end <= prefill.turn.begin
+        blocks = self._blocks(name, self.groups[stage], 0, len(keys))
+        for turn in turns:
+            for place in range(
+                *(prefill.routing.kv_length(stage, n) for n in (turn.begin, turn.end))
+            ):
+                block, offset = divmod(place, self.block_size)
+                found = self.numbers[blocks[block]].get(offset)
+                assert found == keys[place], f"{name} takes {found} for {keys[place]}"
 
     def _run_stage(self, plan, stage, batch, routings):
         """All rows write before any reads: row pieces have a test of their own."""
@@ -123,6 +141,11 @@ class SlowWorker:
             for layer in range(self.layers[group]):
                 blocks = self._blocks(name, group, layer, len(keys))
                 self._write(blocks, (group, layer), keys, begin)
+            if plan.prefills and stage >= self.dense_stages:
+                for place in range(begin, len(keys)):
+                    block, offset = divmod(place, self.block_size)
+                    first = self._blocks(name, group, 0, len(keys))[block]
+                    self.numbers.setdefault(first, {})[offset] = keys[place]
         for name, keys, _ in work:
             for layer in range(self.layers[group]):
                 blocks = self._blocks(name, group, layer, len(keys))
@@ -193,7 +216,7 @@ class SlowWorker:
             keys += [(*how, key) for key in tokens[position : turn.begin]]
             if len(keys) >= length:
                 break
-            how, position = (routing.keep,), turn.end
+            how, position = (routing.keep, routing.recalls), turn.end
             count = turn.end - turn.begin - turn.deferred(stage)
             keys += [(*how, tokens[turn.end - 1], place) for place in range(count)]
         else:

@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 )
 from vllm.v1.request import RequestStatus
 
+from vllm_reroute.plan.chunks import fewest_step_tokens
 from vllm_reroute.schedule import CONFIG_KEY, RoutingSchedule
 
 from .parts import feature, make_request
@@ -37,6 +38,12 @@ SCHEDULES = {
         "layers": [3, 5],
         "keep": [0.5, 0.25],
         "history": "keep",
+        "turn_marker": "ASSISTANT:",
+    },
+    "recalls": {
+        "layers": [3, 5],
+        "keep": [0.5, 0.25],
+        "history": "recall",
         "turn_marker": "ASSISTANT:",
     },
 }
@@ -83,6 +90,11 @@ class Traffic(RuleBasedStateMachine):
         encoder_step,
         running,
     ):
+        # Empty where turns are not kept.
+        self.marker = [*RoutingSchedule.of(self.config).marker]
+        # Less is refused at start.
+        fewest = fewest_step_tokens(self.marker)
+        budget, threshold = max(budget, fewest), threshold and max(threshold, fewest)
         scheduler_config = self.config.scheduler_config
         scheduler_config.policy = policy
         scheduler_config.max_num_scheduled_tokens = budget
@@ -102,8 +114,6 @@ class Traffic(RuleBasedStateMachine):
         self.scheduler.max_num_encoder_input_tokens = encoder_step
         self.depth = 2 if asynchronous else 1
         self.number, self.all, self.idle = 0, [], 0
-        # Empty where turns are not kept.
-        self.marker = [*RoutingSchedule.of(self.config).marker]
 
     def teardown(self):
         if not hasattr(self, "steps"):
@@ -125,6 +135,7 @@ class Traffic(RuleBasedStateMachine):
         self.seen["reused"] += self.steps.worker.num_reused
         self.seen["fetched"] += self.steps.worker.num_fetched
         self.seen["copied"] += self.steps.worker.num_copied
+        self.seen["recalled"] += self.steps.worker.num_recalled
         for request in self.all:
             self.seen["preempted"] += request.num_preemptions
             if request.status is RequestStatus.FINISHED_LENGTH_CAPPED:
@@ -199,7 +210,8 @@ class Traffic(RuleBasedStateMachine):
             cache_salt=chance.choice((None, None, None, "salt")),
         )
         if self.marker:
-            own = chance.choice((None, None, {"history": "rerank"}, {"keep": [0.25, 0.25]}))
+            kinds = (None, None, {"history": "rerank"}, {"history": "keep"}, {"keep": [0.25, 0.25]})
+            own = chance.choice(kinds)
             request.sampling_params.extra_args = own and {"reroute": own}
         self.all.append(request)
         self.steps.add(request)
@@ -254,5 +266,6 @@ def test_any_history_keeps_the_books_and_ends(configs, name):
     )
     assert seen["steps"] > 100 * EXAMPLES
     # It was about something: blocks were short, prompts began alike, tokens waited in pages.
-    kinds = ["preempted", "reused", "fetched", *["copied"] * (name == "keeps turns")]
+    kinds = ["preempted", "reused", "fetched", *["copied"] * (name in ("keeps turns", "recalls"))]
+    kinds += ["recalled"] * (name == "recalls")
     assert all(seen[what] > EXAMPLES for what in kinds), seen

@@ -65,6 +65,7 @@ class LayeredManager(FullAttentionManager):
         first = index * self.num_layers
         blocks = self.req_to_blocks[request_id][first : first + self.num_layers]
         for cache_id, block in zip(self.cache_ids, blocks, strict=True):
+            assert not block.is_null, "nobody finds what is nowhere"
             self.block_pool._insert_block_hash(
                 make_block_hash_with_group_id(key, cache_id), block, num_tokens=None
             )

@@ -76,7 +76,7 @@ class ParkedManager(LayeredManager):
     ) -> list[KVCacheBlock]:
         self._copy_shared(request_id)
         before = self._num_entries(request_id)
-        missing = self._missing(request_id, before, self._found.get(request_id, 0), num_tokens)
+        missing = self._missing(request_id, before, self.num_found(request_id), num_tokens)
         if not missing:
             return []
         held, layers = self.req_to_blocks[request_id], self.num_layers
@@ -101,6 +101,10 @@ class ParkedManager(LayeredManager):
             for request_id, blocks in self.req_to_blocks.items()
             if blocks and not blocks[-1].is_null
         ]
+
+    def num_found(self, request_id: str) -> int:
+        """Tokens that the prefix cache had of a live request."""
+        return self._found.get(request_id, 0)
 
     def num_held(self) -> int:
         """Pages that hold states, without the entries of other tokens."""

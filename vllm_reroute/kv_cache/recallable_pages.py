@@ -22,7 +22,10 @@ class RecallablePages:
         self.group: int = parked.kv_cache_group_id
 
     def offer(self, keys: TurnKeys, turn: Turn) -> None:
-        """All states of a turn are in pages once the step just planned has run."""
+        """All states of a turn are in pages once the step just planned has run; those of one that was
+        found in the cache have been offered by who ran it."""
+        if turn.end <= self._parked.num_found(keys.request.request_id):
+            return
         for index in turn.reusable(self._parked.block_size):
             self._parked.put(keys.request.request_id, index, keys.page(turn, index))
 
