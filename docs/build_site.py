@@ -20,7 +20,7 @@ SITE = ROOT / ".local" / "site"
 PACKAGE = "vllm_reroute"
 
 FIRST = (
-    "guide", "chats", "operations", "how-it-works", "methods", "results", "extending", "compatibility",
+    "guide", "chats", "recall", "operations", "how-it-works", "methods", "results", "extending", "compatibility",
 )  # fmt: skip
 """The order of docs/; further pages follow by name."""
 PROJECT = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "patches/README.md")

@@ -10,6 +10,7 @@ from vllm_reroute.families.visual_tokens import fixed_visual_tokens
 from vllm_reroute.schedule.footprint import RequestFootprint
 from vllm_reroute.schedule.options import NO_SCHEDULE
 from vllm_reroute.schedule.published import SCHEDULES, SCORERS, TIERS
+from vllm_reroute.schedule.recall import RECALL_CAP, RECALL_SHARE
 from vllm_reroute.schedule.request_options import RequestOptions
 from vllm_reroute.schedule.routing_schedule import RoutingSchedule
 
@@ -39,7 +40,7 @@ def schedule_lines(schedule: RoutingSchedule, num_visual: int) -> list[str]:
             if decision.scored_at is None
         ),
         f"ranked by         {RANKED_BY.get(schedule.scorer) or SCORERS.title(schedule.scorer)}",
-        *_history_lines(schedule),
+        *_history_lines(schedule, num_visual),
         f"keep ratios       {', '.join(f'{r:g}' for r in schedule.keep)}",
         f"visual tokens     {schedule.average(num_visual):.1f} per layer on average, of {num_visual}",
         "",
@@ -53,13 +54,22 @@ def schedule_lines(schedule: RoutingSchedule, num_visual: int) -> list[str]:
     return lines
 
 
-def _history_lines(schedule: RoutingSchedule) -> list[str]:
-    if schedule.history != "keep":
+def _history_lines(schedule: RoutingSchedule, num_visual: int) -> list[str]:
+    if not schedule.keeps_turns:
         return []
-    return [
+    lines = [
         "earlier turns     keep what their own question has chosen (turns end with tokens "
         f"{', '.join(map(str, schedule.marker)) or 'that the engine looks up at start'})"
     ]
+    if schedule.recalls:
+        most = [min(num_visual, RECALL_CAP * kept) for kept in schedule.kept_per_stage(num_visual)]
+        lines += [
+            f"later questions   without a picture bring back up to {RECALL_SHARE:g} of what a stage keeps, "
+            "one token at least, until",
+            f"                  it holds {RECALL_CAP} times that: of {num_visual} visual tokens at most "
+            f"{', '.join(map(str, most))}, stage by stage",
+        ]
+    return lines
 
 
 def _named(name: str) -> str:

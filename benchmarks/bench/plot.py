@@ -55,11 +55,13 @@ def lines(
 
 
 def _style(label: str) -> dict:
-    words = label.split()
-    dashed = "remove" in words or "rerank" in words
+    words = set(label.split())
+    line, marker = "-", "o"
+    if words & {"remove", "rerank"}:
+        line, marker = "--", "s"
+    elif "recall" in words:
+        line, marker = "-.", "^"
     # Lines of no known kind take turns in matplotlib's own colours.
-    known = {"color": COLOURS[words[0]]} if words[0] in COLOURS else {}
-    return known | {
-        "linestyle": "--" if dashed else "-",
-        "marker": "s" if dashed else "o",
-    }
+    first = label.split()[0]
+    known = {"color": COLOURS[first]} if first in COLOURS else {}
+    return known | {"linestyle": line, "marker": marker}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -232,6 +233,37 @@ def test_chat_counts_five_turns_and_what_is_held():
     found = chat.summarise({"many-8": {"engines": many}})
     assert found["many"][0]["64, keep"]["median"] == 0.5
     assert list(verdicts(found).values()) == [True, False]
+
+
+@pytest.mark.parametrize("traffic", chat.ALONE, ids=lambda traffic: traffic.kind)
+def test_recall_is_measured_where_one_conversation_has_later_turns(traffic, monkeypatch):
+    model = SimpleNamespace(visual=64, depth=8, kv_bytes=1)
+    asked = []
+
+    def engine_wave(settings, of, specs, *rest, **sizes):
+        asked.extend(spec.name for spec in specs)
+        return {"engines": {}}
+
+    monkeypatch.setattr(chat, "engine_wave", engine_wave)
+    chat._measure_alone(SimpleNamespace(reuse=lambda: model), traffic, None)
+    assert ("192, recall" in asked) is ("64, recall" in asked) is (traffic.turns > 1)
+    assert {"64, rerank", "64, keep", STOCK} < set(asked) <= set(chat.CONFIGURATIONS)
+
+
+def test_a_report_has_a_dash_where_recall_is_not_measured():
+    named = [name for name in chat.CONFIGURATIONS if "recall" not in name]
+    turns, others = chat_wave(0.6), chat_wave(0.6)
+    others["engines"] = {name: others["engines"][name] for name in named}
+    many = {name: {"samples": [{"total_s": 2.0}]} for name in named}
+    found = chat.summarise({"turns": turns, "questions": others, "many-8": {"engines": many}})
+    text = "\n".join(chat.markdown(found)).splitlines()
+    assert any(line.startswith("| 192, recall | 0.50") for line in text)
+    (header,) = (line for line in text if "stock, ms" in line)
+    (questions,) = (line for line in text if line.startswith("| eight questions"))
+    cells = dict(zip(header.split(" | "), questions.removesuffix(" |").split(" | "), strict=False))
+    assert cells["192, recall"] == "-" != cells["192, keep"]
+    (header,) = (line for line in text if line.startswith("| at once"))
+    assert "64, keep" in header and "recall" not in header
 
 
 def capacity_wave(in_flight):

@@ -73,6 +73,7 @@ def test_the_flags_are_in_the_help(parser, keyword, capsys):
     shown = capsys.readouterr().out
     assert all(f"--reroute-{name.replace('_', '-')}" in shown for name in FLAGS)
     assert "{fastv,pdrop,nuwa,none}" in shown and "{192,128,64}" in shown
+    assert "{rerank,keep,recall}" in shown
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,10 @@ def test_the_flags_are_in_the_help(parser, keyword, capsys):
         (
             "--reroute-schedule pdrop --reroute-history keep --reroute-turn-marker Bot:",
             {"schedule": "pdrop", "history": "keep", "turn_marker": "Bot:"},
+        ),
+        (
+            "--reroute-schedule pdrop --reroute-history recall",
+            {"schedule": "pdrop", "history": "recall"},
         ),
         (
             "--reroute-schedule fastv --reroute-action remove --reroute-tier 64",

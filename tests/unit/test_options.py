@@ -24,7 +24,7 @@ REFUSED_AT_ONCE = {
     ),
     "history of an unknown kind": (
         {"schedule": "pdrop", "history": "forget"},
-        ["--reroute-history 'forget'", "rerank, keep"],
+        ["--reroute-history 'forget'", "rerank, keep, recall"],
     ),
     "kept turns after the encoder's choice": (
         {"schedule": "nuwa", "history": "keep"},
@@ -33,6 +33,31 @@ REFUSED_AT_ONCE = {
     "kept turns with accumulated scores": (
         {"schedule": "pdrop", "scorer": "accumulated", "history": "keep"},
         ["--reroute-history keep", "accumulated", "Allowed: attention, random"],
+    ),
+    "bringing back after the encoder's choice": (
+        {"schedule": "nuwa", "history": "recall"},
+        ["--reroute-history recall", "nuwa", "Allowed: fastv, pdrop", "--reroute-budget"],
+    ),
+    "bringing back by accumulated scores": (
+        {"schedule": "pdrop", "scorer": "accumulated", "history": "recall"},
+        ["--reroute-history recall", "accumulated", "Allowed: attention, random"],
+    ),
+    "bringing back what is gone": (
+        {"schedule": "pdrop", "action": "remove", "history": "recall"},
+        [
+            "--reroute-history recall",
+            "--reroute-action remove",
+            "Allowed: rerank, keep",
+            "--reroute-action reroute",
+        ],
+    ),
+    "bringing back what one's own lists remove": (
+        {"layers": [2], "keep": [0.5], "action": "remove", "history": "recall"},
+        ["--reroute-history recall", "--reroute-action remove", "Allowed: rerank, keep"],
+    ),
+    "bringing back without a schedule": (
+        {"history": "recall"},
+        ["--reroute-history recall", "--reroute-schedule"],
     ),
     "a marker with accumulated scores": (
         {"schedule": "pdrop", "scorer": "accumulated", "turn_marker": "Bot:"},

@@ -9,7 +9,16 @@ from benchmarks.grounding.conversations import OTHER, TURN_KINDS, conversations
 from benchmarks.quality.asking import Endpoint
 from benchmarks.quality.conversations import report
 from benchmarks.quality.conversations.__main__ import parse_arguments
-from benchmarks.quality.conversations.rows import COMPARISONS, KEEP, METHODS, REMOVE, RERANK, rows
+from benchmarks.quality.conversations.gap import Gap
+from benchmarks.quality.conversations.rows import (
+    COMPARISONS,
+    KEEP,
+    METHODS,
+    RECALL,
+    REMOVE,
+    RERANK,
+    rows,
+)
 from benchmarks.quality.conversations.table import ALL, LATER, default, table
 from benchmarks.quality.conversations.talking import hold_all, talks_of, turns_of
 from benchmarks.quality.methods import DENSE
@@ -83,13 +92,15 @@ def test_what_a_question_depends_on_is_in_its_digest(talks):
 
 def test_servers_differ_in_what_they_are_named_for_alone():
     found = rows(list(METHODS), [0.33, 0.22], SHAPE)
-    assert [each.method for each in found] == [DENSE, *[RERANK, KEEP, REMOVE] * 2]
+    assert [each.method for each in found] == [DENSE, *[RERANK, KEEP, RECALL, REMOVE] * 2]
     assert len({each.name for each in found}) == len(found)
     by_name = {(each.method, each.budget): each for each in found}
     for budget in (0.33, 0.22):
-        rerank, keep, remove = (by_name[name, budget] for name in (RERANK, KEEP, REMOVE))
+        methods = (RERANK, KEEP, RECALL, REMOVE)
+        rerank, keep, recall, remove = (by_name[name, budget] for name in methods)
         assert rerank.arguments[-2:] == ("--reroute-history", "rerank")
         assert keep.arguments == (*rerank.arguments[:-1], "keep")
+        assert recall.arguments == (*rerank.arguments[:-1], "recall")
         assert remove.arguments[-2:] == keep.arguments[-2:]
         assert "remove" in remove.arguments[remove.arguments.index("--reroute-action") :][1]
         assert abs(remove.average - keep.average) < 1.5
@@ -160,6 +171,48 @@ def test_differences_are_paired_and_of_one_kind_each(folder, talks):
     assert (at["same"]["only_first"], at["same"]["only_second"]) == (0, 1)
     assert at["first"]["difference"] == 0 and at["first"]["p_value"] == 1
     assert at[LATER]["pairs"] == at[ALL]["pairs"] - len(talks)
+
+
+def answers(rights: str) -> dict[int, Outcome]:
+    """`+` right, `-` wrong, `!` no answer."""
+    about = {"digest": "0", "kind": OTHER, "expected": "yes"}
+    given = {"+": "yes", "-": "no", "!": None}
+    return {n: Outcome(index=n, answer=given[one], **about) for n, one in enumerate(rights)}
+
+
+def test_a_share_of_a_gap_is_of_questions_that_all_three_answered():
+    few = Gap.between(answers("+----!--"), answers("++++--!-"), answers("+++++++!"))
+    assert (few.questions, few.share) == (5, 0.75)
+    many = Gap.between(*(answers(one * 200) for one in ("+----", "++-+-", "+++++")))
+    low, high = many.interval
+    assert many.share == 0.5 and 0.4 < low < 0.5 < high < 0.6
+    more = Gap.between(*(answers(one * 200) for one in ("+---", "++++", "+++-")))
+    worse = Gap.between(*(answers(one * 200) for one in ("+---", "----", "+++-")))
+    assert more.share == 1.5 and worse.share == -0.5
+
+
+@pytest.mark.parametrize("high", ["++--", "+---", "-++-" + "-+-+"])
+def test_there_is_no_share_of_what_may_be_nothing(high):
+    gap = Gap.between(answers("++--" * 2), answers("+-+-" * 2), answers(high * (8 // len(high))))
+    assert gap.questions == 8 and gap.share is gap.interval is None
+    assert Gap.between({}, {}, {}).share is None
+
+
+def test_the_table_has_gaps_where_three_servers_answered(folder, talks):
+    turns = turns_of(talks)
+    assert table(folder, turns, len(talks), {})["gaps"] == []
+    others = [turn.prompt.index for turn in turns if turn.prompt.kind == OTHER]
+    record(folder, "recall", RECALL, 0.33, turns, others[: len(others) // 4])
+    found = table(folder, turns, len(talks), {})
+    at = {each["kind"]: each for each in found["gaps"]}
+    assert list(at) == [LATER, *TURN_KINDS[1:]] and found["rows"][3]["method"] == RECALL
+    assert at[OTHER]["share"] == pytest.approx(1 - len(others) // 4 / len(others))
+    assert at["same"]["share"] is None
+    named = {(each["first"], each["second"]) for each in found["comparisons"]}
+    assert named == {(RERANK, KEEP), (RERANK, RECALL), (RECALL, KEEP)}
+    text = "\n".join(report.markdown(found))
+    assert f"| 33 % | {report._closed(at[LATER])} | - |" in text
+    assert f"{100 * at[OTHER]['share']:.0f} (" in text
 
 
 def test_the_default_follows_from_other_things_at_both_budgets():

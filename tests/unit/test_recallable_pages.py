@@ -104,6 +104,31 @@ def test_a_turn_that_asks_nothing_back_needs_no_states():
     assert engine.hit(ask("asks", *FIRST, SHORT, DOG, *WHICH)) == 102
 
 
+def test_what_a_prompt_has_no_pages_of_it_does_not_offer():
+    """A turn that nobody looks back at is found without its states: no blocks, or null blocks, are not them."""
+    engine = after(FIRST)
+    both = (*FIRST, SHORT, DOG, *WHICH)
+    request = ask("asks", *both)
+    engine.turns(request)
+    engine.finish(request)
+    assert engine.pool.null_block.block_hash is None
+    for block in (2, 3, 4):
+        engine.pool.evict_blocks(page_ids(engine, SECOND, block))
+    assert engine.hit(ask("looks", *both, SHORT, *WHERE)) == 2 * BLOCK
+
+
+def test_questions_beyond_the_cap_are_text():
+    """Asked one by one: what decides nothing needs no states, and has none to offer."""
+    engine, parts = Engine(RECALLS), list(FIRST)
+    for number in range(8):
+        request = ask(f"asks {number}", *parts)
+        assert engine.hit(request) == (102 + 25 * (number - 1) if number else 0)
+        engine.turns(request)
+        assert engine.held(request) == engine.expected_held(request)
+        engine.finish(request)
+        parts += [SHORT, *WHERE]
+
+
 def test_pages_stay_until_the_last_turn_that_looks_back_is_decided():
     engine = Engine(RECALLS)
     request = ask("asks", *SECOND, SHORT, DOG, *WHICH, SHORT, *WHERE)

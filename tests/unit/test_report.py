@@ -1,12 +1,13 @@
 """The block a routed engine logs at start says what its live requests will really hold."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from vllm_reroute.kv_cache.engine_report import engine_report
-from vllm_reroute.report import budget_lines
-from vllm_reroute.schedule import CONFIG_KEY, RerouteOptions, RoutingSchedule
+from vllm_reroute.report import budget_lines, schedule_lines
+from vllm_reroute.schedule import CONFIG_KEY, SCHEDULE_KEY, RerouteOptions, RoutingSchedule
 from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
 
 from .parts import VISUAL, kv_cache_config
@@ -60,6 +61,44 @@ def test_the_report_agrees_with_the_pool(config, action, block_size):
     assert numbers == pytest.approx([size / 2**20 for size in held], abs=5e-4)
     assert f"custom, action {action}" in shown and "2, 5 of 8" in shown and "0.5, 0.25" in shown
     assert f"{schedule.average(VISUAL):.1f} per layer on average, of {VISUAL}" in shown
+
+
+MARKER = (8, 9)
+
+
+def shown_with(options, **changes):
+    schedule = RerouteOptions.from_mapping(options).resolve(DEPTH)
+    return "\n".join(schedule_lines(replace(schedule, **changes), VISUAL))
+
+
+def test_what_later_turns_do_is_said():
+    own = {"layers": [2, 5], "keep": [0.75, 0.25]}
+    assert "earlier turns" not in shown_with(own)
+    keep = shown_with({**own, "history": "keep"}, marker=MARKER)
+    assert "turns end with tokens 8, 9" in keep and "later questions" not in keep
+    recall = shown_with({**own, "history": "recall"})
+    assert "that the engine looks up at start" in recall and "up to 0.25 of what a stage" in recall
+    # Never more than there are.
+    most = [VISUAL, VISUAL, 2 * (VISUAL // 4)]
+    assert f"2 times that: of {VISUAL} visual tokens at most {', '.join(map(str, most))}," in recall
+
+
+@pytest.mark.parametrize(
+    "action,allowed", [("reroute", "rerank, keep or recall"), ("remove", "rerank or keep")]
+)
+@pytest.mark.parametrize("history", ["rerank", "keep", "recall"])
+def test_a_request_s_choice_of_history_is_said(config, action, allowed, history):
+    vllm_config = config(layers=[2, 5], keep=[0.5, 0.25], action=action)
+    schedule = RoutingSchedule.of(vllm_config)
+    pool = kv_cache_config(schedule, 100, block_size=16)
+    assert "reroute_history" not in engine_report(vllm_config, pool)
+    if history == "recall" and action == "remove":
+        return
+    schedule = replace(schedule, history=history, marker=MARKER)
+    vllm_config.additional_config[SCHEDULE_KEY] = schedule.to_dict()
+    shown = engine_report(vllm_config, pool)
+    assert f"reroute_history {allowed}; here {history} unless it says so" in shown
+    assert ("stay while a later question of the same prompt" in shown) is (history == "recall")
 
 
 def test_a_tier_that_cannot_be_met_is_left_out(monkeypatch):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from vllm_reroute.schedule import RerouteOptions
+from vllm_reroute.schedule.published import HISTORIES
 from vllm_reroute.schedule.request_options import RequestOptions
 
 PDROP = RerouteOptions(schedule="pdrop").resolve(32)
@@ -50,9 +51,20 @@ def test_both_spellings_choose_alike(options, schedule, keep):
 @pytest.mark.parametrize(
     "options,schedule,told",
     [
-        ({"history": "forget"}, PDROP, "'forget' is unknown. Choose one of: rerank, keep"),
+        ({"history": "forget"}, PDROP, "'forget' is unknown. Choose one of: rerank, keep, recall"),
         ({"history": "keep"}, PDROP, "'keep' needs a server.*Allowed: 'rerank'.*turn-marker"),
         ({"history": "keep"}, NUWA, "'keep' needs a server"),
+        (
+            {"history": "recall"},
+            PDROP,
+            "'recall' needs a server.*Allowed: 'rerank'.*--reroute-history recall, or.*turn-marker",
+        ),
+        ({"history": "recall"}, NUWA, "'recall' needs a server"),
+        (
+            {"history": "recall"},
+            replace(REMOVE, marker=(8, 9)),
+            "'recall' brings back.*'remove'.*Allowed: 'rerank', 'keep'.*--reroute-action reroute",
+        ),
         (
             {"action": "remove"},
             PDROP,
@@ -100,8 +112,8 @@ def test_a_request_that_wants_to_be_told_changes_nothing(said, asked, schedule):
         assert options.explain is asked and options.applied(schedule) is schedule
 
 
-@pytest.mark.parametrize("asked", ["rerank", "keep", None])
-@pytest.mark.parametrize("own", ["rerank", "keep"])
+@pytest.mark.parametrize("asked", [*HISTORIES, None])
+@pytest.mark.parametrize("own", HISTORIES)
 def test_the_history_is_the_request_s_where_it_says_one(own, asked):
     schedule = replace(PDROP, history=own, marker=(8, 9))
     for extra_args in both_spellings({"history": asked, "tier": 64}):

@@ -18,6 +18,7 @@ from vllm_reroute.report import (
 from vllm_reroute.resolved import dtype_of
 from vllm_reroute.schedule import RoutingSchedule
 from vllm_reroute.schedule.footprint import TYPICAL_TEXT_TOKENS, RequestFootprint
+from vllm_reroute.schedule.published import HISTORIES
 
 
 def engine_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
@@ -78,7 +79,15 @@ def _held_lines(
 def _history_lines(schedule: RoutingSchedule) -> list[str]:
     if not schedule.marker:
         return []
-    return [
-        "a request may choose what later turns do with its pictures (reroute_history rerank or keep; "
-        f"here {schedule.history} unless it says so)"
+    *others, last = [name for name in HISTORIES if name != "recall" or schedule.reroutes]
+    lines = [
+        f"a request may choose what later turns do with its pictures (reroute_history {', '.join(others)} or "
+        f"{last}; here {schedule.history} unless it says so)"
     ]
+    if schedule.recalls:
+        lines.append(
+            "states that pictures have parked stay while a later question of the same prompt may bring tokens "
+            "back, then in the prefix cache, where later turns find them; once evicted, the layers before "
+            "the first decision run the pictures again"
+        )
+    return lines

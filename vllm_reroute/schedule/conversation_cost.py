@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vllm_reroute.schedule.cost_model import DecoderShape, VisionShape
+from vllm_reroute.schedule.published import History
+from vllm_reroute.schedule.recall import RecallCounts
 from vllm_reroute.schedule.routing_schedule import RoutingSchedule
 
 
@@ -39,10 +41,14 @@ class ConversationCost:
         """Whether `--reroute-history keep` works with this schedule."""
         return self.schedule.encoder_ratio is None
 
+    @property
+    def can_recall(self) -> bool:
+        """Whether `--reroute-history recall` does."""
+        return self.can_keep and self.schedule.reroutes
+
     def stock(self) -> list[int]:
         """FLOPs per turn without routing: the new picture and the new question run."""
-        dense = replace(self.schedule, keep=(1.0,) * len(self.schedule.layers))
-        return [self._shared(t) + self._kept_turn(t, dense) for t in range(self.turns)]
+        return self._appended(self._dense, recalls=False)
 
     def rerank(self) -> list[int]:
         """FLOPs per turn where every question ranks all pictures: stages after the first decision
@@ -51,10 +57,33 @@ class ConversationCost:
 
     def keep(self) -> list[int]:
         """FLOPs per turn where a picture's own question ranks it: what is new runs everywhere."""
-        return [
-            self._shared(t) + self._kept_turn(t, self.schedule) + self._own_decisions(t)
-            for t in range(self.turns)
-        ]
+        return self._appended(self.schedule, recalls=False)
+
+    def recall(self) -> list[int]:
+        """The same where each later question also ranks all pictures' parked tokens, and runs the few
+        that it brings back."""
+        return self._appended(self.schedule, recalls=True)
+
+    def held(self, history: History | None) -> int:
+        """K/V entries of the whole conversation, layers times tokens; None: of stock vLLM."""
+        schedule = self.schedule if history else self._dense
+        if history == "rerank":
+            sizes = (self.num_visual,) * self._pictures(self.turns - 1)
+            visual = schedule.kept_per_stage(*sizes)
+        else:
+            visual = [
+                sum(rows)
+                for rows in zip(*self._visual_rows(schedule, history == "recall"), strict=True)
+            ]
+        text = self._text_before(self.turns)
+        return sum(
+            stage.num_layers * (text + here)
+            for stage, here in zip(schedule.stages, visual, strict=True)
+        )
+
+    @property
+    def _dense(self) -> RoutingSchedule:
+        return replace(self.schedule, keep=(1.0,) * len(self.schedule.layers))
 
     def _shared(self, turn: int) -> int:
         """Tower and projector of a new picture, and the output head's one row."""
@@ -68,16 +97,28 @@ class ConversationCost:
     def _text_before(self, turn: int) -> int:
         return turn * (self.question + self.answer)
 
-    def _kept_turn(self, turn: int, schedule: RoutingSchedule) -> int:
-        new = int(self.brings_picture(turn))
-        total = 0
-        for stage, kept in zip(
-            schedule.stages, schedule.kept_per_stage(self.num_visual), strict=True
-        ):
-            before = self._text_before(turn) + kept * (self._pictures(turn) - new)
-            rows = self.question + kept * new
-            total += stage.num_layers * self.decoder.rows_flops(rows, before)
-        return total
+    def _visual_rows(self, schedule: RoutingSchedule, recalls: bool) -> list[tuple[int, ...]]:
+        """[turns][stages]: visual tokens that run in a turn and stay."""
+        counts = RecallCounts(lambda size: schedule.kept_per_stage(size))
+        none = (0,) * len(schedule.stages)
+        return [
+            counts.picture(self.num_visual)
+            if self.brings_picture(turn)
+            else (counts.question() if recalls else none)
+            for turn in range(self.turns)
+        ]
+
+    def _appended(self, schedule: RoutingSchedule, *, recalls: bool) -> list[int]:
+        """FLOPs per turn where what earlier turns have run stays in the cache, in all stages."""
+        costs, held = [], [0] * len(schedule.stages)
+        for turn, visual in enumerate(self._visual_rows(schedule, recalls)):
+            total = self._shared(turn) + self._decisions(turn, schedule, visual)
+            for index, (stage, new) in enumerate(zip(schedule.stages, visual, strict=True)):
+                before = self._text_before(turn) + held[index]
+                total += stage.num_layers * self.decoder.rows_flops(self.question + new, before)
+                held[index] += new
+            costs.append(total)
+        return costs
 
     def _ranked_turn(self, turn: int) -> int:
         schedule, sizes = self.schedule, (self.num_visual,) * self._pictures(turn)
@@ -98,13 +139,16 @@ class ConversationCost:
                 present = kept
         return total
 
-    def _own_decisions(self, turn: int) -> int:
+    def _decisions(self, turn: int, schedule: RoutingSchedule, visual: tuple[int, ...]) -> int:
+        """FLOPs of a turn's choices; visual: [stages], what they choose."""
         if not self.brings_picture(turn):
-            return 0
+            # Keys of all earlier visual tokens are projected to be ranked, those held as well.
+            ranked = self._pictures(turn) * self.num_visual + self.question
+            return sum(map(bool, visual)) * self.decoder.decision_flops(ranked)
         total, present = 0, self.num_visual
-        for kept in self.schedule.kept_per_stage(self.num_visual)[1:]:
+        for kept in visual[1:]:
             if kept < present:
                 total += self.decoder.decision_flops(present + self.question)
-            if not self.schedule.reroutes:
+            if not schedule.reroutes:
                 present = kept
         return total

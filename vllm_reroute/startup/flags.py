@@ -18,6 +18,7 @@ from vllm_reroute.schedule.options import (
     NO_SCHEDULE,
 )
 from vllm_reroute.schedule.published import ACTIONS, HISTORIES, SCHEDULES, SCORERS, TIERS, VARIANTS
+from vllm_reroute.schedule.recall import RECALL_CAP, RECALL_SHARE
 
 GROUP_TITLE = "Reroute"
 _PREFIX = "reroute_"
@@ -112,8 +113,9 @@ def _add_conversation(add: AddArgument) -> None:
         choices=HISTORIES,
         help="What a later turn of a conversation does with earlier pictures: 'rerank' ranks all of "
         "them by the newest question; 'keep' finds what the question that came with a picture has "
-        "kept, so that finished turns are read from the prefix cache in all layers; 'recall' does too, and "
-        "lets every later question bring back a few of the tokens it needs. Default: "
+        "kept, so that finished turns are read from the prefix cache in all layers; 'recall' does as "
+        f"keep, and each later question without a picture brings back up to {RECALL_SHARE:g} of what a stage "
+        f"keeps, until the stage holds {RECALL_CAP} times what keep holds. Default: "
         f"{DEFAULT_HISTORY}.",
     )
     add(

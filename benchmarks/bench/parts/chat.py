@@ -1,4 +1,4 @@
-"""Conversations with both histories, against stock vLLM with its prefix cache: one by one and many at once."""
+"""Conversations with each history, against stock vLLM with its prefix cache: one by one and many at once."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -19,16 +19,21 @@ CONFIGURATIONS = {
     STOCK: None,
     "192, rerank": {"schedule": "pdrop", "tier": 192},
     "192, keep": {"schedule": "pdrop", "tier": 192, "history": "keep"},
+    "192, recall": {"schedule": "pdrop", "tier": 192, "history": "recall"},
     "64, rerank": {"schedule": "pdrop", "tier": 64},
     "64, keep": {"schedule": "pdrop", "tier": 64, "history": "keep"},
+    "64, recall": {"schedule": "pdrop", "tier": 64, "history": "recall"},
 }
 TURNS = Traffic(kind="turns", name="turns about one picture", turns=8, answer_tokens=16)
+PICTURES = Traffic(
+    kind="new", name="six turns, a new picture every third", turns=6, picture_every=3,
+    answer_tokens=16,
+)  # fmt: skip
+# Where `recall` is measured, too. Without later turns it does what `keep` does.
+RECALLED = (TURNS, PICTURES)
 ALONE = (
     TURNS,
-    Traffic(
-        kind="new", name="six turns, a new picture every third", turns=6, picture_every=3,
-        answer_tokens=16,
-    ),
+    PICTURES,
     Traffic(kind="questions", name="eight questions about one picture", questions=8),
     Traffic(kind="text-800", name="two pictures behind 800 tokens of text", system=800, pictures=2),
     Traffic(
@@ -38,9 +43,10 @@ ALONE = (
 MANY = Traffic(kind="many", name="conversations of three turns", turns=3, answer_tokens=8)
 STEP_TOKENS = 4096
 READING = """\
-`pdrop` with reroute; *rerank* and *keep* are values of `--reroute-history`. All engines have vLLM's prefix cache and
-processor cache on, as users run them. Sums of times to first token over stock's in the same round, below 1 is faster.
-A turn is the conversation so far, with the engine's own answers, and a new question."""
+`pdrop` with reroute; *rerank*, *keep* and *recall* are values of `--reroute-history`; *recall* is measured where one
+conversation has later turns. All engines have vLLM's prefix cache and processor cache on, as users run them. Sums of
+times to first token over stock's in the same round, below 1 is faster. A turn is the conversation so far, with the
+engine's own answers, and a new question."""
 HELD = """\
 K/V held by the request of a conversation's last turn while it is answered, over stock's: {rows}."""
 
@@ -54,7 +60,7 @@ def waves(settings: Settings, progress: Progress) -> dict[str, Callable[[], dict
     return found
 
 
-def _specs(**changes: object) -> list[EngineSpec]:
+def _specs(*, recalls: bool = False, **changes: object) -> list[EngineSpec]:
     changes = {
         "enable_prefix_caching": True,
         "mm_processor_cache_gb": 4,
@@ -64,6 +70,7 @@ def _specs(**changes: object) -> list[EngineSpec]:
     return [
         EngineSpec(name=name, options=options, changes=changes)
         for name, options in CONFIGURATIONS.items()
+        if recalls or not options or options.get("history") != "recall"
     ]
 
 
@@ -71,7 +78,7 @@ def _measure_alone(settings: Settings, traffic: Traffic, progress: Progress) -> 
     model = settings.reuse()
     pictures = -(-traffic.turns // traffic.picture_every) if traffic.picture_every else 1
     room = pictures * model.visual + traffic.system + 900
-    specs = _specs(limit_mm_per_prompt={"image": pictures})
+    specs = _specs(recalls=traffic in RECALLED, limit_mm_per_prompt={"image": pictures})
     ask = seeded(lambda worker, number: worker.call(converse, traffic, number))
     wave = engine_wave(settings, model, specs, ask, progress, room=room, requests=2)
     for name, about in wave["engines"].items():
@@ -193,14 +200,19 @@ def markdown(found: dict) -> Iterator[str]:
         for row in found["alone"]:
             yield (
                 f"| {row['traffic']} | {shown(row['seconds'], 1000, 0)} | "
-                f"{' | '.join(shown(row[name]) for name in names)} |"
+                f"{' | '.join(_cell(row, name) for name in names)} |"
             )
     if found["many"]:
+        names = [name for name in names if name in found["many"][0]]
         yield f"\n{MANY.name.capitalize()} at once, answers of 8 tokens: requests/s over stock's, above 1 is faster.\n"
         yield f"| at once | {' | '.join(names)} |"
         yield "|---|" + "---|" * len(names)
         for row in found["many"]:
             yield f"| {row['conversations']} | {' | '.join(shown(row[name]) for name in names)} |"
+
+
+def _cell(row: Mapping, name: str) -> str:
+    return shown(row[name]) if name in row else "-"
 
 
 def draw(found: dict, folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks.grounding.conversations import TURN_KINDS
-from benchmarks.quality.conversations.rows import KEEP, REMOVE, RERANK
+from benchmarks.quality.conversations.rows import GAP, KEEP, RECALL, REMOVE, RERANK
 from benchmarks.quality.methods import DENSE
 from benchmarks.quality.plot import curves
 from benchmarks.quality.report import difference_cells, write_texts
@@ -16,6 +16,7 @@ JSON_NAME, MARKDOWN_NAME, PLOT = "conversations.json", "conversations.md", "conv
 STYLES = {
     RERANK: {"color": "#d62728", "linestyle": "-", "marker": "o"},
     KEEP: {"color": "#1f77b4", "linestyle": "-", "marker": "D"},
+    RECALL: {"color": "#2ca02c", "linestyle": "-", "marker": "^"},
     REMOVE: {"color": "#1f77b4", "linestyle": "--", "marker": "s"},
 }
 OTHER_STYLE = {"color": "#9467bd", "linestyle": "-.", "marker": "P"}
@@ -25,12 +26,16 @@ Conversations of two to four turns about one picture, a quarter of them with a s
 asks for the label or the place of the thing that the question before named, as "it"; `beside it` asks what is next to
 that; `other` is a question of any kind about other things in the picture; `new picture` comes with one. Each turn is
 asked behind the server's own earlier answers, right or wrong. Schedule `pdrop`, pictures' tokens on the average as
-said; `rerank` and `keep` are values of `--reroute-history`. Prefix cache on, everywhere. Exact answers in %, with 95 %
-Wilson intervals."""
+said; `rerank`, `keep` and `recall` are values of `--reroute-history`. Prefix cache on, everywhere. Exact answers in %,
+with 95 % Wilson intervals."""
 PAIRED = """\
 The same questions to both servers. Difference of accuracies in percentage points with the 95 % interval of a paired
 bootstrap over questions; "only" counts questions that just one of the two got right, p is the exact McNemar test's.
 No correction for the number of comparisons; questions of one conversation are taken for independent of each other."""
+CLOSED = """\
+What `{middle}` has over `{low}`, in % of what `{high}` has over it, with the 95 % interval of a bootstrap over
+questions that draws all three servers' answers together. A dash where that of `{high}` is not surely above nothing.
+First turns are the same for all."""
 
 
 def write(found: dict, folder: Path) -> list[Path]:
@@ -54,6 +59,7 @@ def markdown(found: dict) -> Iterator[str]:
     yield from _scores(found, "by_turn", numbers)
     yield f"\n## Set against each other\n\n{PAIRED}\n"
     yield from _comparisons(found)
+    yield from _gaps(found)
 
 
 def _about(found: dict) -> Iterator[str]:
@@ -117,6 +123,26 @@ def _comparisons(found: dict) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
+def _gaps(found: dict) -> Iterator[str]:
+    if not found["gaps"]:
+        return
+    low, middle, high = GAP
+    yield f"\n## Share of the gap closed\n\n{CLOSED.format(low=low, middle=middle, high=high)}\n"
+    kinds = list(dict.fromkeys(each["kind"] for each in found["gaps"]))
+    yield f"| budget | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}"
+    at = {(each["budget"], each["kind"]): each for each in found["gaps"]}
+    for budget in dict.fromkeys(budget for budget, _ in at):
+        cells = [f"{100 * budget:.0f} %", *(_closed(at.get((budget, kind))) for kind in kinds)]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _closed(gap: Mapping | None) -> str:
+    if gap is None or gap["share"] is None:
+        return "-"
+    low, high = gap["interval"]
+    return f"{100 * gap['share']:.0f} ({100 * low:.0f} to {100 * high:.0f})"
+
+
 def draw(found: dict, path: Path) -> Path:
     """A panel per kind of turn; the same results give the same file."""
     with rc_context({"svg.hashsalt": "conversations", "font.size": 8}):
@@ -127,7 +153,7 @@ def draw(found: dict, path: Path) -> Path:
             _draw_kind(axes, found["rows"], kind)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         if handles:
-            figure.legend(handles, labels, loc="outside upper center", ncols=4)
+            figure.legend(handles, labels, loc="outside upper center", ncols=5)
         figure.supxlabel("visual tokens per decoder layer, average")
         figure.axes[0].set_ylabel("exact, % (95 % Wilson)")
         figure.savefig(path, metadata={"Date": None})

@@ -10,16 +10,20 @@ from benchmarks.quality.model_shape import ModelShape
 from benchmarks.quality.run import Record, run_rows
 from benchmarks.quality.serving import Serving
 
-RERANK, KEEP, REMOVE = "reroute rerank", "reroute keep", "remove keep"
+RERANK, KEEP, RECALL = "reroute rerank", "reroute keep", "reroute recall"
+REMOVE = "remove keep"
 # Method -> the single-question method it is, and further flags.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     DENSE: (DENSE, ()),
     RERANK: ("pdrop reroute", ("--reroute-history", "rerank")),
     KEEP: ("pdrop reroute", ("--reroute-history", "keep")),
+    RECALL: ("pdrop reroute", ("--reroute-history", "recall")),
     REMOVE: ("pdrop remove", ("--reroute-history", "keep")),
 }
 # What is set against what at the same budget: the difference first - second is reported.
-COMPARISONS = ((RERANK, KEEP), (KEEP, REMOVE))
+COMPARISONS = ((RERANK, KEEP), (RERANK, RECALL), (RECALL, KEEP), (KEEP, REMOVE))
+# How much of what the last has over the first the one between has, at the same budget.
+GAP = (KEEP, RECALL, RERANK)
 # Of a conversation.
 PICTURES = 2
 

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.grounding.conversations import OTHER, TURN_KINDS
-from benchmarks.quality.conversations.rows import COMPARISONS, KEEP, METHODS, RERANK
+from benchmarks.quality.conversations.gap import Gap
+from benchmarks.quality.conversations.rows import COMPARISONS, GAP, KEEP, METHODS, RERANK
 from benchmarks.quality.conversations.talking import TalkTurn
 from benchmarks.quality.outcomes import Outcome
 from benchmarks.quality.results import (
@@ -47,6 +48,7 @@ def table(folder: Path, turns: Sequence[TalkTurn], talks: int, not_run: Mapping[
         "rows": [_row(row, turns) for row in found],
         "not_run": dict(not_run),
         "comparisons": differences,
+        "gaps": list(_gaps(found, turns)),
         "default": default(differences),
     }
 
@@ -93,6 +95,25 @@ def _comparisons(rows: Sequence[Row], turns: Sequence[TalkTurn]) -> Iterator[dic
             difference = Difference.between(one, other)
             if difference.pairs:
                 yield compared(*pair, {"kind": kind}, difference)
+
+
+def _gaps(rows: Sequence[Row], turns: Sequence[TalkTurn]) -> Iterator[dict]:
+    """Of later turns, together and by kind: first ones are the same for all."""
+    at = {(row.about["budget"], row.about["method"]): row for row in rows}
+    for budget in dict.fromkeys(budget for budget, _ in at):
+        three = [at.get((budget, method)) for method in GAP]
+        for kind in (LATER, *TURN_KINDS[1:]):
+            gap = Gap.between(
+                *(_those(row.outcomes if row else {}, turns, _of(kind)) for row in three)
+            )
+            if gap.questions:
+                yield {
+                    "budget": budget,
+                    "kind": kind,
+                    "questions": gap.questions,
+                    "share": gap.share,
+                    "interval": gap.interval,
+                }
 
 
 def default(compared: Iterable[Mapping]) -> str | None:
