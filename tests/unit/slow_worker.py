@@ -3,7 +3,6 @@
 import numpy as np
 from vllm.utils.math_utils import cdiv
 
-from vllm_reroute.kv_cache.interleaving import of_layer
 from vllm_reroute.kv_cache.spec import StageSpec
 from vllm_reroute.plan.batch_routing import BatchRouting
 from vllm_reroute.plan.request_routing import RequestRouting
@@ -173,7 +172,7 @@ class SlowWorker:
         self.num_fetched += len(boundary.fetched)
 
     def _blocks(self, name, group, layer, num_tokens):
-        table = of_layer(self.tables[name][group], layer, self.layers[group])
+        table = self.tables[name][group][layer :: self.layers[group]]
         needed = cdiv(num_tokens, self.block_size)
         assert len(table) >= needed, f"{name}: no block for a slot of group {group}"
         return table[:needed]

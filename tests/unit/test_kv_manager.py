@@ -178,8 +178,9 @@ def test_what_an_image_request_caches():
     for _ in range(100):
         engine.decode(image)
     whole, text_blocks = 90 // BLOCK, 32 // BLOCK
-    behind = (whole - text_blocks) * (LAYERS[0] + PAGES)
-    assert len(engine.pool.cached_block_hash_to_block) == text_blocks * DEPTH + behind
+    # One entry for all layers of a group: of the first stage and of parked states behind the text.
+    behind = (whole - text_blocks) * 2
+    assert len(engine.pool.cached_block_hash_to_block) == text_blocks * len(LAYERS) + behind
     prefix = image.prompt_token_ids
     text_ids, num_hit = engine.prefill(make_request("text", [*prefix[:40], *range(900, 950)]))
     assert num_hit == 32

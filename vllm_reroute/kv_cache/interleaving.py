@@ -15,8 +15,6 @@ import numpy as np
 LayerBlocks = tuple[Any, ...]
 """The blocks that hold the same tokens, one per layer of a group."""
 
-_LAYER_ID_SHIFT = 16
-
 
 def flat(blocks: Iterable[LayerBlocks]) -> list[Any]:
     """Table entries of blocks given token by token."""
@@ -28,17 +26,7 @@ def by_tokens(entries: Sequence[Any], num_layers: int) -> list[LayerBlocks]:
     return [tuple(entries[i : i + num_layers]) for i in range(0, len(entries), num_layers)]
 
 
-def of_layer(entries: list[Any], layer: int, num_layers: int) -> list[Any]:
-    """Blocks of one layer of the group, in the order of their tokens."""
-    return entries[layer::num_layers]
-
-
 def dealt(tables: np.ndarray, num_layers: int, num_blocks: int) -> np.ndarray:
     """[num_layers, requests, num_blocks], each layer's first blocks, of tables [requests, entries]."""
     used = tables[:, : num_layers * num_blocks]
     return used.reshape(len(tables), num_blocks, num_layers).transpose(2, 0, 1)
-
-
-def cache_ids(group_id: int, num_layers: int) -> list[int]:
-    """Prefix-cache group ids of a group's layers: no two layers of an engine share one."""
-    return [group_id + (layer << _LAYER_ID_SHIFT) for layer in range(num_layers)]

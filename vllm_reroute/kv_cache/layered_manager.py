@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
-from vllm_reroute.kv_cache import interleaving
+from vllm_reroute.kv_cache import interleaving, layer_entries
 from vllm_reroute.kv_cache.interleaving import LayerBlocks
 from vllm_reroute.kv_cache.live_routing import LiveRouting
 from vllm_reroute.kv_cache.spec import LayeredSpec
@@ -32,7 +31,6 @@ class LayeredManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: LayeredSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.num_layers = kv_cache_spec.num_layers
-        self.cache_ids = interleaving.cache_ids(self.kv_cache_group_id, self.num_layers)
         self._to_copy: dict[str, int] = {}
         """Requests that go on in a block others share, by id: its number."""
 
@@ -63,30 +61,22 @@ class LayeredManager(FullAttentionManager):
     def put(self, request_id: str, index: int, key: Any) -> None:
         """Offer the request's blocks of `block_size` tokens number `index` under one more key."""
         first = index * self.num_layers
-        blocks = self.req_to_blocks[request_id][first : first + self.num_layers]
-        for cache_id, block in zip(self.cache_ids, blocks, strict=True):
-            assert not block.is_null, "nobody finds what is nowhere"
-            self.block_pool._insert_block_hash(
-                make_block_hash_with_group_id(key, cache_id), block, num_tokens=None
-            )
+        blocks = tuple(self.req_to_blocks[request_id][first : first + self.num_layers])
+        assert not blocks[0].is_null, "nobody finds what is nowhere"
+        layer_entries.put(self.block_pool, key, self.kv_cache_group_id, blocks)
 
     def offer(self, request: Request, num_tokens: int) -> None:
         """Offer the full blocks of the request's first `num_tokens` tokens for reuse."""
-        blocks = self.req_to_blocks.get(request.request_id) or []
-        cached = self.num_cached_block.get(request.request_id, 0)
+        request_id = request.request_id
+        blocks = self.req_to_blocks.get(request_id) or []
+        cached = self.num_cached_block.get(request_id, 0)
         full = min(num_tokens // self.block_size, len(blocks) // self.num_layers)
         if cached >= full:
             return
-        for layer, cache_id in enumerate(self.cache_ids):
-            self.block_pool.cache_full_blocks(
-                request=request,
-                blocks=interleaving.of_layer(blocks, layer, self.num_layers),
-                num_cached_blocks=cached,
-                num_full_blocks=full,
-                block_size=self.block_size,
-                kv_cache_group_id=cache_id,
-            )
-        self.num_cached_block[request.request_id] = full
+        for index in range(cached, full):
+            if not blocks[index * self.num_layers].is_null:
+                self.put(request_id, index, request.block_hashes[index])
+        self.num_cached_block[request_id] = full
 
     def withdraw(self, request: Request) -> None:
         """Take back what was offered for tokens that have not run and now will not."""
@@ -109,18 +99,13 @@ class LayeredManager(FullAttentionManager):
         **kwargs: Any,
     ) -> tuple[tuple[list[LayerBlocks], ...], int]:
         """Longest prefix cached in every layer of the group, as `LayerBlocks` per group."""
-        assert isinstance(kv_cache_spec, LayeredSpec)
-        layers = kv_cache_spec.num_layers
-        ids = [i for group in kv_cache_group_ids for i in interleaving.cache_ids(group, layers)]
-        by_layer, length = super().find_longest_cache_hit(
-            block_hashes, max_length, ids, block_pool, kv_cache_spec, *args, **kwargs
+        lookup: Any = layer_entries.LayersAtOnce(block_pool)
+        found, length = super().find_longest_cache_hit(
+            block_hashes, max_length, kv_cache_group_ids, lookup, kv_cache_spec, *args, **kwargs
         )
-        groups = (by_layer[i : i + layers] for i in range(0, len(by_layer), layers))
-        return tuple(list(zip(*of_group, strict=True)) for of_group in groups), length
+        by_group: Any = found
+        return by_group, length
 
     def cached_blocks(self, block_hash: Any) -> LayerBlocks | None:
         """The blocks of all layers that hold the tokens of `block_hash`, None if one is missing."""
-        found: list[KVCacheBlock] | None = self.block_pool.get_cached_block(
-            block_hash, self.cache_ids
-        )
-        return tuple(found) if found else None
+        return layer_entries.get(self.block_pool, block_hash, self.kv_cache_group_id)
