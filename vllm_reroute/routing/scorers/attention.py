@@ -85,30 +85,37 @@ def alike_on_all_ranks(scores: torch.Tensor, heads: HeadReduction) -> torch.Tens
 
 
 class KeepsKeyRows(UnquantizedLinearMethod):
-    """An unquantised q/k/v projection whose key rows can be read whenever scores are due.
+    """An unquantised q/k/v projection that gives keys alone whenever scores are due.
 
-    Rows are read from the weight in use. On CPU vLLM repacks the weight and drops the original,
-    so they are copied just before: every load and reload of a layer comes through here.
+    Their rows are read from the weight in use. On CPU vLLM repacks the weight and drops the original,
+    so they are copied just before, and packed alike: every load and reload of a layer comes through here.
     """
 
     def __init__(self, stock: UnquantizedLinearMethod, rows: slice) -> None:
         vars(self).update(vars(stock))
         self.rows = rows
-        self._copied: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._packed: nn.Module | None = None
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        before = layer.weight
-        self._copied = None
-        weight, bias = self.key_rows(layer)
-        copies = weight.clone(), None if bias is None else bias.clone()
+        before, copied = layer.weight, nn.Module()
+        for name, part in zip(("weight", "bias"), self._key_rows(layer), strict=True):
+            own = None if part is None else nn.Parameter(part.clone(), requires_grad=False)
+            copied.register_parameter(name, own)
         super().process_weights_after_loading(layer)
+        self._packed = None
         if len(layer.weight) != len(before):
-            self._copied = copies
+            super().process_weights_after_loading(copied)
+            self._packed = copied
 
-    def key_rows(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def keys(self, layer: Any, states: torch.Tensor) -> torch.Tensor:
+        """[n, kv] of states [n, hidden] after the norm."""
+        packed: Any = self._packed
+        if packed is not None:
+            return self.apply(packed, states, packed.bias)
+        return nn.functional.linear(states, *self._key_rows(layer))
+
+    def _key_rows(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight [kv, hidden] and bias [kv] or None of the keys."""
-        if self._copied is not None:
-            return self._copied
         bias = getattr(layer, "bias", None)
         return layer.weight.detach()[self.rows], None if bias is None else bias.detach()[self.rows]
 
@@ -225,7 +232,7 @@ class LastTokenScorer(Scorer):
         attention = self.attention
         projection = attention.qkv_proj
         if isinstance(projection.quant_method, KeepsKeyRows):
-            keys = nn.functional.linear(states, *projection.quant_method.key_rows(projection))
+            keys = projection.quant_method.keys(projection, states)
         else:
             fused, _ = projection(states)
             first = attention.q_size
