@@ -167,25 +167,27 @@ class PromptRows:
         )
         starts = np.array([lengths.query_start_loc[p.index] for p in prefills], dtype=np.int64)
         lens, last = cached + own, starts + own - 1
-        count, width = len(prefills), int(lens.max())
+        count, width, num_cached = len(prefills), int(lens.max()), int(cached.sum())
         rows, first_places = _ranges(starts, own), np.arange(count) * width
         own_places = _ranges(first_places + cached, own)
         table, keys = last.repeat(width), np.zeros(count * width, dtype=np.int64)
         table[own_places] = rows
-        keys[own_places] = cached.sum() + np.arange(len(rows))
-        keys[_ranges(first_places, cached)] = np.arange(cached.sum())
+        keys[own_places] = np.arange(num_cached, num_cached + len(rows))
+        if num_cached:
+            keys[_ranges(first_places, cached)] = np.arange(num_cached)
         shared, shared_rows = _shared_text(plan, lengths, prefills)
         # Whatever the decision for this stage needs goes to the device in one copy.
         kept = tuple(p.turn.kept[stage] for p in prefills)
-        hidden = hidden_keys(lens, 1)
+        nothing = rows[:0]
+        hidden = hidden_keys(lens, 1) if count * width > num_cached + len(rows) else nothing
         packed = (
             shared_rows,
             rows,
             last,
             table,
             keys,
-            _first_of_each(kept) if min(kept) < max(kept) else rows[:0],
-            _as_numbers(hidden) if hidden.any() else rows[:0],
+            _first_of_each(kept) if min(kept) < max(kept) else nothing,
+            _as_numbers(hidden) if hidden.size else nothing,
         )
         on_device = to_device(np.concatenate(packed), device)
         key_and_last_rows = on_device[: len(shared_rows) + len(rows) + count]
@@ -271,5 +273,7 @@ def _as_numbers(mask: np.ndarray) -> np.ndarray:
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """The numbers start, start + 1, … of each range, one range after the other, int64."""
-    ends = np.cumsum(counts)
+    if len(counts) == 1:
+        return np.arange(starts[0], starts[0] + counts[0])
+    ends = counts.cumsum()
     return np.arange(int(ends[-1]) if len(ends) else 0) + (starts - ends + counts).repeat(counts)
