@@ -92,6 +92,11 @@ class PromptRows:
         return sum(self.lens) - sum(self.num_cached) == self.num_rows
 
     @cached_property
+    def is_layout(self) -> bool:
+        """Whether there is one prompt, all in the layout, and nothing else: its places are the rows."""
+        return len(self.lens) == 1 and not self.num_cached[0] and self.are_all_rows
+
+    @cached_property
     def cached(self) -> Places:
         """The cached tokens, by their places in the K/V of the stage decided for."""
         counts = np.array(self.num_cached, dtype=np.int64)
