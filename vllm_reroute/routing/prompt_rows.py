@@ -125,23 +125,18 @@ class PromptRows:
         The rows of a prompt shorter than n count from its first token; others weigh nothing.
         """
         if n not in self._query_rows:
-            device, lens = self.rows.device, np.array(self.lens)
-            back = np.arange(n)[::-1]
-            present = back < (lens - np.array(self.num_cached))[:, None]
-            rows, behind_keys = self.last, self.key_and_last_rows
-            if n > 1:
-                shift = to_device(np.where(present, back, 0), device)
-                rows = (rows[:, None] - shift).flatten()
-                behind_keys = torch.cat((self.key_rows, rows))
-            weights = (present / present.sum(axis=1, keepdims=True)).astype(np.float32)
+            rows, behind_keys, weights = self.last, self.key_and_last_rows, None
             hidden = self.past_end
             if n > 1:
-                hidden = to_device(hidden_keys(lens, n), device)
+                device, lens = self.rows.device, np.array(self.lens)
+                back = np.arange(n)[::-1]
+                present = back < (lens - np.array(self.num_cached))[:, None]
+                rows = (rows[:, None] - to_device(np.where(present, back, 0), device)).flatten()
+                behind_keys = torch.cat((self.key_rows, rows))
+                share = (present / present.sum(axis=1, keepdims=True)).astype(np.float32)
+                weights, hidden = to_device(share, device), to_device(hidden_keys(lens, n), device)
             self._query_rows[n] = QueryRows(
-                rows=rows,
-                behind_keys=behind_keys,
-                weights=to_device(weights, device) if n > 1 else None,
-                hidden=hidden,
+                rows=rows, behind_keys=behind_keys, weights=weights, hidden=hidden
             )
         return self._query_rows[n]
 

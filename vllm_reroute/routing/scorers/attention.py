@@ -182,7 +182,7 @@ class LastTokenScorer(Scorer):
         keys: [s + P, kv_heads, dim], of shared text and of the prompts' rows.
         """
         layer, num_shared, count = self.attention.attn, len(prompts.shared), len(prompts.lens)
-        if num_shared or len(prompts.cached):
+        if num_shared or any(prompts.num_cached):
             once = prompts.in_step.once
             entries = once("entries", lambda: layer.tables.entries_of(prompts.in_pages))
             shared, cached = KeyPlaces.of(layer, entries).split(num_shared)
