@@ -65,9 +65,14 @@ def model(request, routed_model):
 
 
 def decisions(
-    model, num_images: int, cached: int = 0, others: VisualSpans = SPANS, prompt: Any = None
+    model,
+    num_images: int,
+    cached: int = 0,
+    others: VisualSpans = SPANS,
+    prompt: Any = None,
+    num_decodes: int = 1,
 ) -> list[Counter[str]]:
-    """Operations of each decision of a step that ends `num_images` prompts beside a decode.
+    """Operations of each decision of a step that ends `num_images` prompts beside `num_decodes` decodes.
 
     others: visual tokens of all but the first of them. prompt: token ids, where they matter.
     """
@@ -78,7 +83,7 @@ def decisions(
     ]
     states = torch.randn(len(prompt), model.hidden_size, dtype=model.pool.dtype)
     images = [Conversation(routing, states, cached) for routing in routings]
-    run = Conversations(model, [*images, Conversation(None, states, 60)])
+    run = Conversations(model, [*images, *[Conversation(None, states, 60)] * num_decodes])
     counted: list[Counter[str]] = []
     decide = type(model.decoder)._decide
 
@@ -99,13 +104,14 @@ def decisions(
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(type(model.decoder), "_decide", counting_decide)
-        run.step({**dict.fromkeys(range(num_images), len(prompt) - cached), num_images: 1})
+        scheduled = [len(prompt) - cached] * num_images + [1] * num_decodes
+        run.step(dict(enumerate(scheduled)))
     return [seen for seen in counted if seen]
 
 
 MOST = 30
 """Operations of a decision, whatever is read back from pages."""
-MOST_LATER = 27
+MOST_LATER = 26
 """Where nothing is removed, later decisions find the step's tokens as the first one has laid them out."""
 
 
@@ -142,3 +148,11 @@ def test_operations_of_a_decision_that_brings_tokens_back(routed_model):
     counts = [[seen.total() for seen in of] for of in (one, four, uneven)]
     print(counts, max(uneven, key=Counter.total))
     assert max(map(max, counts)) <= MOST_RECALLING, (counts, max(uneven, key=Counter.total))
+
+
+def test_a_prompt_alone_is_chosen_from_without_a_table(model):
+    decisions(model, 1)
+    alone, beside = (decisions(model, 1, num_decodes=n) for n in (0, 1))
+    tables = [[seen["aten.gather.default"] for seen in of] for of in (alone, beside)]
+    count = len(model.schedule.decisions)
+    assert tables == [[0] * count, [1] * count]

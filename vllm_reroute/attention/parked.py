@@ -132,6 +132,8 @@ class ParkedMetadataBuilder(AttentionMetadataBuilder[ParkedExchange | None]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.num_pages, self.block_size = kv_cache_spec.num_layers, kv_cache_spec.block_size
+        nowhere = torch.empty(self.num_pages + 1, 0, dtype=torch.int64, device=device)
+        self._nowhere = PagePlaces(nowhere[:-1], nowhere[-1])
 
     def build(
         self,
@@ -159,6 +161,8 @@ class ParkedMetadataBuilder(AttentionMetadataBuilder[ParkedExchange | None]):
 
     def _places(self, places: Places, table: torch.Tensor) -> PagePlaces:
         """table: [requests, entries], the group's interleaved block table."""
+        if not len(places):
+            return self._nowhere
         block, offset = np.divmod(places.position, self.block_size)
         pages = np.arange(self.num_pages)[:, None]
         entries = places.request * table.shape[1] + block * self.num_pages + pages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -287,9 +288,10 @@ class StepTables:
             layers = slice(layers.start + layer, layers.start + layer + 1)
         return self.block_tables[layers].flatten(1).index_select(1, entries[0])
 
-    def _layers(self, stage: int) -> slice:
-        first = sum(self.num_layers[:stage])
-        return slice(first, first + self.num_layers[stage])
+    def _layers(self, stage: int, after: int | None = None) -> slice:
+        """Of a stage; of those from it on up to stage `after`."""
+        end = stage + 1 if after is None else after
+        return slice(sum(self.num_layers[:stage]), sum(self.num_layers[:end]))
 
     def _deal_blocks(
         self,
@@ -318,8 +320,8 @@ class StepTables:
         # A stage of more rows runs in pieces, which bring slots of their own.
         whole = [s.num_tokens if s.num_tokens <= self.max_tokens else 0 for s in plan.stages]
         end = max(num_tokens, *whole)
-        for stage, count in enumerate(whole):
-            layers = self._layers(stage)
+        for stage, after in pairwise((*sorted(set(plan.like_stage)), len(whole))):
+            layers, count = self._layers(stage, after), whole[stage]
             if count:
                 request, position = plan.stages[stage].request_and_position
                 self._put_slots(host, layers, request, position)
@@ -340,9 +342,13 @@ class StepTables:
         entry = position // self.block_size
         # Of one type with the slots: numpy is slow where it has to convert on its way.
         offset = (position - entry * self.block_size).astype(np.int64)
+        own = host.slot_mappings[layers, : len(request)]
         if stage_of_layer is not None:
             entry, offset = entry.take(stage_of_layer, axis=0), offset.take(stage_of_layer, axis=0)
-        own = host.slot_mappings[layers, : len(request)]
-        own[:] = host.block_tables[self._rows[layers], request, entry]
+            own[:] = host.block_tables[self._rows[layers], request, entry]
+        else:
+            tables = host.block_tables[layers]
+            entries = request * np.int64(tables.shape[2]) + entry
+            own[:] = tables.reshape(len(tables), -1).take(entries, axis=1)
         own *= self.block_size
         own += offset

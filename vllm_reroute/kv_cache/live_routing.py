@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from vllm.v1.request import Request
@@ -11,6 +12,8 @@ from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.turns import Turn, Turns
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.schedule import RoutingSchedule
+
+_UNKNOWN: Any = object()
 
 
 class LiveRouting:
@@ -40,15 +43,16 @@ class LiveRouting:
         """None for a request without visual tokens."""
         if not request.mm_features:
             return None
-        if request not in self._routings:
-            self._routings[request] = RequestRouting.of(
+        routing = self._routings.get(request, _UNKNOWN)
+        if routing is _UNKNOWN:
+            routing = self._routings[request] = RequestRouting.of(
                 VisualSpans.of(request.mm_features),
                 request.prompt_token_ids,
                 self.schedule,
                 self.block_size,
                 getattr(request.sampling_params, "extra_args", None),
             )
-        return self._routings[request]
+        return routing
 
     def stops_of(self, request: Request, turn: Turn) -> set[int]:
         """Starts of a turn's images behind its first, and its end (`plan/chunks.py`)."""

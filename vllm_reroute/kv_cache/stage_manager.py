@@ -89,6 +89,8 @@ class StageManager(LayeredManager):
 
     def _ends_inside(self, request_id: str, blocks: Sequence[LayerBlocks], num_tokens: int) -> bool:
         """Whether a hit of `num_tokens` tokens leaves room in its last block."""
+        if not blocks:
+            return False
         return len(blocks) * self.block_size > self._length(request_id, num_tokens)
 
     def _num_slots(self, request_id: str, num_tokens: int) -> int:

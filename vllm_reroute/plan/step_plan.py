@@ -332,23 +332,39 @@ def _plan_boundary(
     source[~of_step] = int(num_scheduled.sum()) + np.arange(int((~of_step).sum()))
     fetched = Places(request[~of_step], place[~of_step])
 
-    step_request = np.arange(len(num_scheduled)).repeat(num_scheduled)
-    step_rows = np.arange(len(step_request))
-    position = step_rows - starts[step_request] + num_computed[step_request]
-    park_begin, park_end = (part[step_request] for part in parks)
-    rows = step_rows[(position >= park_begin) & (position < park_end)]
-
+    parked_rows, parked = _parked_rows(num_computed, num_scheduled, starts, parks)
     # Text-only requests have a prompt of 0 tokens here: all they run is text of their own.
     text_end = np.where(batch.num_prompt == 0, end, batch.text_prefix)
     text_rows = (np.minimum(last, text_end) - first).clip(min=0)
     completes = (place // block_size + 1) * block_size <= last[request]
     shared = (place < text_end[request]) & completes
     return Boundary(
-        parked=Places(step_request[rows], position[rows]),
-        parked_rows=rows,
+        parked=parked,
+        parked_rows=parked_rows,
         fetched=fetched,
         source=source,
         shared_text=Places(request[shared], place[shared]),
         first=first,
         text_rows=text_rows,
     )
+
+
+def _parked_rows(
+    num_computed: np.ndarray,
+    num_scheduled: np.ndarray,
+    starts: np.ndarray,
+    parks: tuple[np.ndarray, np.ndarray],
+) -> tuple[np.ndarray, Places]:
+    """The step's rows that are written to pages, and whose they are.
+
+    starts: [requests], each request's first row. parks: see `_parks`.
+    """
+    begin, end = parks
+    if (begin >= end).all():
+        nothing = np.zeros(0, dtype=np.int64)
+        return nothing, Places(nothing, nothing)
+    request = np.arange(len(num_scheduled)).repeat(num_scheduled)
+    rows = np.arange(len(request))
+    position = rows - starts[request] + num_computed[request]
+    rows = rows[(position >= begin[request]) & (position < end[request])]
+    return rows, Places(request[rows], position[rows])

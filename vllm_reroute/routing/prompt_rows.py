@@ -99,6 +99,11 @@ class PromptRows:
         return sum(self.lens) - sum(self.num_cached) == self.num_rows
 
     @cached_property
+    def is_layout(self) -> bool:
+        """Whether there is one prompt, all in the layout, and nothing else: its places are the rows."""
+        return len(self.lens) == 1 and not self.num_cached[0] and self.are_all_rows
+
+    @cached_property
     def cached(self) -> Places:
         """The cached tokens, by their places in the K/V of the stage decided for."""
         counts = np.array(self.num_cached, dtype=np.int64)
@@ -127,26 +132,21 @@ class PromptRows:
         The rows of a prompt shorter than n count from its first token; others weigh nothing.
         """
         if n not in self._query_rows:
-            device, lens = self.rows.device, np.array(self.lens)
-            back = np.arange(n)[::-1]
-            present = back < (lens - np.array(self.num_cached))[:, None]
-            rows, behind_keys = self.last, self.key_and_last_rows
-            if n > 1:
-                shift = to_device(np.where(present, back, 0), device)
-                rows = (rows[:, None] - shift).flatten()
-                behind_keys = torch.cat((self.key_rows, rows))
-            weights = (present / present.sum(axis=1, keepdims=True)).astype(np.float32)
+            rows, behind_keys, weights = self.last, self.key_and_last_rows, None
             hidden = self.past_end
             if n > 1:
-                hidden = to_device(hidden_keys(lens, n), device)
+                device, lens = self.rows.device, np.array(self.lens)
+                back = np.arange(n)[::-1]
+                present = back < (lens - np.array(self.num_cached))[:, None]
+                rows = (rows[:, None] - to_device(np.where(present, back, 0), device)).flatten()
+                behind_keys = torch.cat((self.key_rows, rows))
+                share = (present / present.sum(axis=1, keepdims=True)).astype(np.float32)
+                weights, hidden = to_device(share, device), to_device(hidden_keys(lens, n), device)
             if self.held is not None:
                 held = self.held.unsqueeze(1)
                 hidden = held if hidden is None else hidden | held
             self._query_rows[n] = QueryRows(
-                rows=rows,
-                behind_keys=behind_keys,
-                weights=to_device(weights, device) if n > 1 else None,
-                hidden=hidden,
+                rows=rows, behind_keys=behind_keys, weights=weights, hidden=hidden
             )
         return self._query_rows[n]
 
@@ -178,26 +178,28 @@ class PromptRows:
         )
         starts = np.array([lengths.query_start_loc[p.index] for p in prefills], dtype=np.int64)
         lens, last = cached + own, starts + own - 1
-        count, width = len(prefills), int(lens.max())
+        count, width, num_cached = len(prefills), int(lens.max()), int(cached.sum())
         rows, first_places = _ranges(starts, own), np.arange(count) * width
         own_places = _ranges(first_places + cached, own)
         table, keys = last.repeat(width), np.zeros(count * width, dtype=np.int64)
         table[own_places] = rows
-        keys[own_places] = cached.sum() + np.arange(len(rows))
-        keys[_ranges(first_places, cached)] = np.arange(cached.sum())
+        keys[own_places] = np.arange(num_cached, num_cached + len(rows))
+        if num_cached:
+            keys[_ranges(first_places, cached)] = np.arange(num_cached)
         shared, shared_rows = _shared_text(plan, lengths, prefills)
         earlier, first_earlier = _earlier_turns(prefills, of, first_places + cached)
         # Whatever the decision for this stage needs goes to the device in one copy.
         kept = tuple(p.turn.kept[stage] for p in prefills)
-        hidden = hidden_keys(lens, 1)
+        nothing = rows[:0]
+        hidden = hidden_keys(lens, 1) if count * width > num_cached + len(rows) else nothing
         packed = (
             shared_rows,
             rows,
             last,
             table,
             keys,
-            _first_of_each(kept) if min(kept) < max(kept) else rows[:0],
-            _as_numbers(hidden) if hidden.any() else rows[:0],
+            _first_of_each(kept) if min(kept) < max(kept) else nothing,
+            _as_numbers(hidden) if hidden.size else nothing,
             first_earlier,
         )
         on_device = to_device(np.concatenate(packed), device)
@@ -313,5 +315,7 @@ def _as_numbers(mask: np.ndarray) -> np.ndarray:
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """The numbers start, start + 1, … of each range, one range after the other, int64."""
-    ends = np.cumsum(counts)
+    if len(counts) == 1:
+        return np.arange(starts[0], starts[0] + counts[0])
+    ends = counts.cumsum()
     return np.arange(int(ends[-1]) if len(ends) else 0) + (starts - ends + counts).repeat(counts)

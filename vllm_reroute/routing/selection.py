@@ -26,7 +26,8 @@ def select_rows(
     stays = prompts.in_layout.once("stays", lambda: _stays(text, prompts))
     order = scores.masked_fill(stays, -torch.inf).sort(dim=1, descending=True, stable=True)
     most = max(num_kept)
-    best = table.gather(1, order.indices[:, :most]).flatten()
+    best = order.indices[:, :most]
+    best = (best if prompts.is_layout else table.gather(1, best)).flatten()
     if min(num_kept) < most:
         best = best[prompts.first_of_each(num_kept)]
     return text.index_fill(0, best, True).nonzero_static(size=num_selected).squeeze(1)

@@ -54,14 +54,14 @@ class StepDecisions:
     def to_host(self) -> HostDecisions:
         """Begin to copy, behind the work that is under way; nothing waits for it."""
         rows = torch.cat(self._rows)
-        ends = np.cumsum([len(own) for own in self._rows])
+        counts = [len(own) for own in self._rows]
         copied = None
         # Copies that do not block go to pinned memory.
         host = [part.to("cpu", non_blocking=True) for part in (rows, *self._scores)]
         if rows.device.type != "cpu":
             copied = torch.Event(device=rows.device.type)
             copied.record()
-        return HostDecisions(self.plan, self._decisions, ends, host, copied)
+        return HostDecisions(self.plan, self._decisions, counts, host, copied)
 
 
 class HostDecisions:
@@ -71,13 +71,13 @@ class HostDecisions:
         self,
         plan: StepPlan,
         decisions: list[_Decision],
-        ends: np.ndarray,
+        counts: list[int],
         host: list[torch.Tensor],
         copied: torch.Event | None,
     ) -> None:
-        """host: rows of candidates that run, decision after decision, which end at `ends`; then scores
-        [requests, width] of decisions that have any. copied: when all of it is there; None if it is."""
-        self._plan, self._decisions, self._ends, self._copied = plan, decisions, ends, copied
+        """host: rows of candidates that run, `counts` of each decision; then scores [requests, width] of
+        decisions that have any. copied: when all of it is there; None if it is."""
+        self._plan, self._decisions, self._counts, self._copied = plan, decisions, counts, copied
         self._rows, *self._scores = host
 
     def turns(self) -> dict[int, DecidedTurn]:
@@ -85,8 +85,8 @@ class HostDecisions:
         if self._copied is not None:
             self._copied.synchronize()
         kept = np.zeros((len(self._decisions), self._plan.candidates.num_tokens), dtype=bool)
-        for number, rows in enumerate(np.split(self._rows.numpy(), self._ends[:-1])):
-            kept[number, rows] = True
+        for of_decision, rows in zip(kept, self._rows.split(self._counts), strict=True):
+            of_decision[rows.numpy()] = True
         scores = [part.numpy() for part in self._scores]
         return {
             prefill.index: self._turn(number, prefill, kept, scores)
@@ -100,11 +100,12 @@ class HostDecisions:
         rows = slice(prefill.start, prefill.start + prefill.num_turn_rows)
         visual = prefill.ranked[: prefill.num_turn_rows]
         kept = kept[:, rows]
-        runs = np.ones((prefill.turn.size, len(self._plan.stages)), dtype=bool)
-        runs[:, [d.stage for d in self._decisions]] = kept[:, visual].T
+        by_stage = np.ones((len(self._plan.stages), prefill.turn.size), dtype=bool)
+        by_stage[[d.stage for d in self._decisions]] = kept[:, visual]
+        runs = by_stage.T
         told = None
         if prefill.routing.explain:
-            told = runs
+            told = np.ascontiguousarray(runs)
         if prefill.routing.explain == SCORES:
             ranked = np.full(runs.shape, np.nan, dtype=np.float32)
             ranks = iter(scores)

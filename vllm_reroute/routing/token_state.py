@@ -56,7 +56,8 @@ class Tokens:
         """The only gather: states and positions travel together, the rest when it is asked for."""
         is_everyone = self._rows is None and self._taken is None
         of = None if is_everyone else self.rows
-        return Tokens(self.stream[rows], self.positions[..., rows], of, self.text, taken=rows)
+        stream, positions = self.stream.index_select(0, rows), self.positions.index_select(-1, rows)
+        return Tokens(stream, positions, of, self.text, taken=rows)
 
 
 @dataclass(frozen=True)

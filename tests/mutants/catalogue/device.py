@@ -69,7 +69,7 @@ DEVICE = (
     Mutant(
         name="chosen-tokens-with-others-positions",
         file="vllm_reroute/routing/token_state.py",
-        old="self.positions[..., rows]",
+        old="self.positions.index_select(-1, rows)",
         new="self.positions[..., : len(rows)]",
         killers=("tests/unit/test_token_state.py::test_any_step",),
     ),

@@ -35,14 +35,14 @@ def attention_rows(
     a query does not see; None where each sees all. Returns [requests, width], fp32: the maximum over
     this rank's heads or, for the mean, their sum; higher is kept, and 0 past a prompt's end.
     """
-    count, n, num_heads = queries.shape[:3]
+    count, n, num_heads, dim = queries.shape
     width, num_kv_heads = keys.shape[1:3]
     # One batch of matrices per request and K/V head, whose rows are queries.
-    grouped = queries.float().unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    grouped = queries.float().transpose(1, 2)
     ordered = keys.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     logits = torch.baddbmm(
         ordered.new_empty(1, 1, 1),
-        grouped.reshape(count * num_kv_heads, -1, keys.shape[3]),
+        grouped.reshape(count * num_kv_heads, -1, dim),
         ordered.flatten(0, 1).transpose(1, 2),
         beta=0,
         alpha=scale,
@@ -85,30 +85,37 @@ def alike_on_all_ranks(scores: torch.Tensor, heads: HeadReduction) -> torch.Tens
 
 
 class KeepsKeyRows(UnquantizedLinearMethod):
-    """An unquantised q/k/v projection whose key rows can be read whenever scores are due.
+    """An unquantised q/k/v projection that gives keys alone whenever scores are due.
 
-    Rows are read from the weight in use. On CPU vLLM repacks the weight and drops the original,
-    so they are copied just before: every load and reload of a layer comes through here.
+    Their rows are read from the weight in use. On CPU vLLM repacks the weight and drops the original,
+    so they are copied just before, and packed alike: every load and reload of a layer comes through here.
     """
 
     def __init__(self, stock: UnquantizedLinearMethod, rows: slice) -> None:
         vars(self).update(vars(stock))
         self.rows = rows
-        self._copied: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._packed: nn.Module | None = None
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        before = layer.weight
-        self._copied = None
-        weight, bias = self.key_rows(layer)
-        copies = weight.clone(), None if bias is None else bias.clone()
+        before, copied = layer.weight, nn.Module()
+        for name, part in zip(("weight", "bias"), self._key_rows(layer), strict=True):
+            own = None if part is None else nn.Parameter(part.clone(), requires_grad=False)
+            copied.register_parameter(name, own)
         super().process_weights_after_loading(layer)
+        self._packed = None
         if len(layer.weight) != len(before):
-            self._copied = copies
+            super().process_weights_after_loading(copied)
+            self._packed = copied
 
-    def key_rows(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def keys(self, layer: Any, states: torch.Tensor) -> torch.Tensor:
+        """[n, kv] of states [n, hidden] after the norm."""
+        packed: Any = self._packed
+        if packed is not None:
+            return self.apply(packed, states, packed.bias)
+        return nn.functional.linear(states, *self._key_rows(layer))
+
+    def _key_rows(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight [kv, hidden] and bias [kv] or None of the keys."""
-        if self._copied is not None:
-            return self._copied
         bias = getattr(layer, "bias", None)
         return layer.weight.detach()[self.rows], None if bias is None else bias.detach()[self.rows]
 
@@ -160,7 +167,7 @@ class LastTokenScorer(Scorer):
         queries = prompts.query_rows(self.rule.num_queries)
         keys, asking = self._keys_and_queries(stream, positions, prompts, queries)
         scores = attention_rows(
-            asking.unflatten(0, (len(prompts.lens), -1)),
+            asking.view(len(prompts.lens), -1, *asking.shape[1:]),
             self._key_table(keys, prompts),
             queries.weights,
             queries.hidden,
@@ -175,14 +182,16 @@ class LastTokenScorer(Scorer):
         keys: [s + P, kv_heads, dim], of shared text and of the prompts' rows.
         """
         layer, num_shared, count = self.attention.attn, len(prompts.shared), len(prompts.lens)
-        if num_shared or len(prompts.cached):
+        if num_shared or any(prompts.num_cached):
             once = prompts.in_step.once
             entries = once("entries", lambda: layer.tables.entries_of(prompts.in_pages))
             shared, cached = KeyPlaces.of(layer, entries).split(num_shared)
             if num_shared:
                 write_keys(layer, keys[:num_shared], shared)
             keys = torch.cat((read_keys(layer, cached, once).to(keys.dtype), keys[num_shared:]))
-        return keys.unsqueeze(0) if count == 1 else keys[prompts.keys].unflatten(0, (count, -1))
+        if count == 1:
+            return keys.unsqueeze(0)
+        return keys.index_select(0, prompts.keys).view(count, -1, *keys.shape[1:])
 
     def _keys_and_queries(
         self,
@@ -196,14 +205,16 @@ class LastTokenScorer(Scorer):
         if prompts.are_all_rows and not len(prompts.shared) and len(stream) <= self.most_rows:
             states = self.norm(stream)
             places = prompts.in_layout.once("query positions", lambda: positions[..., queries.rows])
-            return self._keys(states, positions), self._queries(states[queries.rows], places)
+            return self._keys(states, positions), self._queries(
+                states.index_select(0, queries.rows), places
+            )
         rows, num_keys = queries.behind_keys, len(prompts.key_rows)
         places = prompts.in_layout.once("positions", lambda: positions[..., rows])
         keys, asking = [], []
         for part, own in zip(
             rows.split(self.most_rows), places.split(self.most_rows, dim=-1), strict=True
         ):
-            states, of_keys = self.norm(stream[part]), min(num_keys, len(part))
+            states, of_keys = self.norm(stream.index_select(0, part)), min(num_keys, len(part))
             if of_keys:
                 keys.append(self._keys(states[:of_keys], own[..., :of_keys]))
             if of_keys < len(part):
@@ -215,34 +226,34 @@ class LastTokenScorer(Scorer):
         """states: after the norm, as for `_keys`."""
         attention = self.attention
         fused, _ = attention.qkv_proj(states)
-        queries, keys, _ = fused.split(
-            (attention.q_size, attention.kv_size, attention.kv_size), dim=-1
-        )
+        first = attention.q_size
+        queries, keys = fused[:, :first], fused[:, first : first + attention.kv_size]
         queries, _ = attention.rotary_emb(positions, self._head_norm("q_norm", queries), keys)
-        return queries.unflatten(-1, (-1, attention.head_dim))
+        return self._by_head(queries)
 
     def _keys(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         attention = self.attention
         projection = attention.qkv_proj
         if isinstance(projection.quant_method, KeepsKeyRows):
-            keys = nn.functional.linear(states, *projection.quant_method.key_rows(projection))
+            keys = projection.quant_method.keys(projection, states)
         else:
             fused, _ = projection(states)
             first = attention.q_size
             keys = fused[:, first : first + attention.kv_size]
         keys = self._head_norm("k_norm", keys)
-        _, keys = attention.rotary_emb(positions, self._one_head(states), keys)
-        return keys.unflatten(-1, (-1, attention.head_dim))
+        # Rotary embeddings take queries and keys together; whatever is in the other side will do.
+        others = keys.new_empty(keys.shape[0], attention.head_dim)
+        _, keys = attention.rotary_emb(positions, others, keys)
+        return self._by_head(keys)
 
     def _head_norm(self, name: str, states: torch.Tensor) -> torch.Tensor:
         norm = self._head_norms.get(name)
         if norm is None:
             return states
-        return norm(states.unflatten(-1, (-1, self.attention.head_dim))).flatten(-2)
+        return norm(self._by_head(states)).flatten(-2)
 
-    def _one_head(self, states: torch.Tensor) -> torch.Tensor:
-        # Rotary embeddings take queries and keys together; whatever is in the other side will do.
-        return states.new_empty(len(states), self.attention.head_dim)
+    def _by_head(self, states: torch.Tensor) -> torch.Tensor:
+        return states.view(states.shape[0], -1, self.attention.head_dim)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
