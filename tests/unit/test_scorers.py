@@ -10,7 +10,8 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.visual_spans import VisualSpans
-from vllm_reroute.routing.prompt_rows import PromptRows, hidden_keys
+from vllm_reroute.routing.prompt_rows import PromptRows
+from vllm_reroute.routing.prompt_table import hidden_keys
 from vllm_reroute.routing.scorers import ScoringLayer
 from vllm_reroute.routing.scorers.attention import (
     LAST_TOKEN,

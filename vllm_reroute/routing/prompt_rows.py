@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_reroute.plan.step_plan import ImagePrefill, Places, StageLengths, StepPlan
+from vllm_reroute.plan.step_plan import ImagePrefill, Places, StepPlan
+from vllm_reroute.routing.prompt_table import (
+    PromptTable,
+    as_numbers,
+    earlier_turns,
+    first_of_each,
+    hidden_keys,
+    ranges,
+    shared_text,
+)
 from vllm_reroute.to_device import to_device
 
 if TYPE_CHECKING:
@@ -108,7 +117,7 @@ class PromptRows:
         """The cached tokens, by their places in the K/V of the stage decided for."""
         counts = np.array(self.num_cached, dtype=np.int64)
         request = np.array(self.batch_rows, dtype=np.int64).repeat(counts)
-        return Places(request, _ranges(np.zeros_like(counts), counts))
+        return Places(request, ranges(np.zeros_like(counts), counts))
 
     @cached_property
     def in_pages(self) -> Places:
@@ -123,7 +132,7 @@ class PromptRows:
         """int64 [sum of counts]: the first entries of each row of a table [requests, largest count]."""
         counts = tuple(counts)
         if counts not in self._first:
-            self._first[counts] = to_device(_first_of_each(counts), self.rows.device)
+            self._first[counts] = to_device(first_of_each(counts), self.rows.device)
         return self._first[counts]
 
     def query_rows(self, n: int) -> QueryRows:
@@ -170,66 +179,51 @@ class PromptRows:
         """
         prefills = plan.prefills
         lengths = plan.candidates if layout is None else plan.stages[layout]
-        num_visual = [p.turn.size if layout is None else p.turn.kept[layout] for p in prefills]
-        cached = np.array([p.num_held(of) for p in prefills], dtype=np.int64)
-        own = np.array(
-            [p.num_turn_rows - p.turn.size + n for p, n in zip(prefills, num_visual, strict=True)],
-            dtype=np.int64,
-        )
-        starts = np.array([lengths.query_start_loc[p.index] for p in prefills], dtype=np.int64)
-        lens, last = cached + own, starts + own - 1
-        count, width, num_cached = len(prefills), int(lens.max()), int(cached.sum())
-        rows, first_places = _ranges(starts, own), np.arange(count) * width
-        own_places = _ranges(first_places + cached, own)
-        table, keys = last.repeat(width), np.zeros(count * width, dtype=np.int64)
-        table[own_places] = rows
-        keys[own_places] = np.arange(num_cached, num_cached + len(rows))
-        if num_cached:
-            keys[_ranges(first_places, cached)] = np.arange(num_cached)
-        shared, shared_rows = _shared_text(plan, lengths, prefills)
-        earlier, first_earlier = _earlier_turns(prefills, of, first_places + cached)
+        places = PromptTable.of(prefills, lengths, layout, of)
+        shared, shared_rows = shared_text(plan, lengths, prefills)
+        earlier, first_earlier = earlier_turns(prefills, of, places.first_own)
         # Whatever the decision for this stage needs goes to the device in one copy.
         kept = tuple(p.turn.kept[stage] for p in prefills)
-        nothing = rows[:0]
-        hidden = hidden_keys(lens, 1) if count * width > num_cached + len(rows) else nothing
+        nothing = shared_rows[:0]
+        hidden = hidden_keys(places.lens, 1) if places.is_padded else nothing
         packed = (
             shared_rows,
-            rows,
-            last,
-            table,
-            keys,
-            _first_of_each(kept) if min(kept) < max(kept) else nothing,
-            _as_numbers(hidden) if hidden.size else nothing,
+            places.rows,
+            places.last,
+            places.table,
+            places.keys,
+            first_of_each(kept) if min(kept) < max(kept) else nothing,
+            as_numbers(hidden) if hidden.size else nothing,
             first_earlier,
         )
         on_device = to_device(np.concatenate(packed), device)
-        key_and_last_rows = on_device[: len(shared_rows) + len(rows) + count]
+        key_and_last_rows = on_device[: sum(map(len, packed[:3]))]
         _, rows, last, table, keys, first, past_end, first_earlier = on_device.split(
             [len(part) for part in packed]
         )
+        count, width = len(prefills), int(places.lens.max())
         is_held = None
         if len(earlier):
-            assert held is not None, (
-                "an engine whose prompts rank earlier turns notes what stages hold"
-            )
+            assert held is not None, "without it nobody could look back"
             is_held = held.among(of, earlier, first_earlier, (count, width))
+        is_past_end = None
+        if len(past_end):
+            is_past_end = past_end.view(torch.bool)[: hidden.size].view(hidden.shape)
         return cls(
             rows=rows,
             table=table.view(count, width),
             keys=keys,
             last=last,
-            lens=tuple(lens.tolist()),
-            num_cached=tuple(cached.tolist()),
-            num_visual=tuple(num_visual),
+            lens=tuple(places.lens.tolist()),
+            num_cached=tuple(places.cached.tolist()),
+            num_visual=places.num_visual,
             num_rows=lengths.num_tokens,
             prefills=prefills,
             batch_rows=tuple(p.index for p in prefills),
             shared=shared,
             key_rows=key_and_last_rows[:-count],
             key_and_last_rows=key_and_last_rows,
-            past_end=past_end.view(torch.bool)[: hidden.size].view(hidden.shape)
-            if len(past_end)
-            else None,
+            past_end=is_past_end,
             held=is_held,
             in_step=in_step or Memory(),
             _first={kept: first} if len(first) else {},
@@ -241,81 +235,9 @@ def prompt_scores(of_tokens: torch.Tensor, prompts: PromptRows) -> torch.Tensor:
     return of_tokens[prompts.table]
 
 
-def hidden_keys(lens: np.ndarray, n: int) -> np.ndarray:
-    """bool [requests, n, width]: keys that a prompt's last n tokens, in order, do not see.
-
-    Each sees the keys up to its own; the last one sees all of the prompt's.
-    """
-    seen = (lens[:, None] - np.arange(n)[::-1]).clip(min=1)
-    return np.arange(int(lens.max())) >= seen[..., None]
-
-
 def text_mask(plan: StepPlan, device: torch.device) -> torch.Tensor:
     """bool [candidates]: all but the visual tokens decided about in this step."""
     mask = np.ones(plan.candidates.num_tokens, dtype=bool)
     for prefill in plan.prefills:
         mask[prefill.start : prefill.start + prefill.num_tokens] = ~prefill.ranked
     return to_device(mask, device)
-
-
-def _shared_text(
-    plan: StepPlan, lengths: StageLengths, prefills: tuple[ImagePrefill, ...]
-) -> tuple[Places, np.ndarray]:
-    """Text that a prompt of this step may find cached though it is written in this very step.
-
-    Its rows lead those of its request in every layout, so a row is its distance from the first.
-    """
-    assert plan.boundary is not None
-    shared = plan.boundary.shared_text
-    if not any(p.first for p in prefills):
-        return shared.take(np.zeros(0, dtype=np.int64)), np.zeros(0, dtype=np.int64)
-    rows = (
-        lengths.query_start_loc[shared.request]
-        + shared.position
-        - plan.boundary.first[shared.request]
-    )
-    return shared, rows.astype(np.int64)
-
-
-def _earlier_turns(
-    prefills: tuple[ImagePrefill, ...], stage: int, first_places: np.ndarray
-) -> tuple[Places, np.ndarray]:
-    """Entries [n] of a stage's K/V among which are visual tokens of earlier turns, of prompts that rank
-    these, and [n] where the table of all prompts has the first visual token of each entry's prompt.
-
-    first_places: [requests], where it has the prompts' first rows.
-    """
-    entries, of_prompt = [], []
-    for number, prefill in enumerate(prefills):
-        if prefill.num_recalled:
-            for turn in prefill.routing.turns.turns:
-                if turn.end <= prefill.first:
-                    span = (prefill.routing.kv_length(stage, n) for n in (turn.begin, turn.end))
-                    entries.append(np.arange(*span))
-                    of_prompt += [number] * len(entries[-1])
-    nothing = np.zeros(0, dtype=np.int64)
-    number_of = np.array(of_prompt, dtype=np.int64)
-    batch_rows = np.array([p.index for p in prefills], dtype=np.int64)
-    before = np.array([p.turn.begin - p.first for p in prefills], dtype=np.int64)
-    places = Places(batch_rows[number_of], np.concatenate((nothing, *entries)))
-    return places, (first_places + before)[number_of]
-
-
-def _first_of_each(counts: tuple[int, ...]) -> np.ndarray:
-    most = max(counts)
-    return _ranges(np.arange(len(counts)) * most, np.array(counts, dtype=np.int64))
-
-
-def _as_numbers(mask: np.ndarray) -> np.ndarray:
-    """The bytes of a mask, and some more, as int64."""
-    padded = np.zeros(-(-mask.size // 8) * 8, dtype=bool)
-    padded[: mask.size] = mask.flat
-    return padded.view(np.int64)
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The numbers start, start + 1, … of each range, one range after the other, int64."""
-    if len(counts) == 1:
-        return np.arange(starts[0], starts[0] + counts[0])
-    ends = counts.cumsum()
-    return np.arange(int(ends[-1]) if len(ends) else 0) + (starts - ends + counts).repeat(counts)
