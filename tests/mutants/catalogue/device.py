@@ -110,7 +110,7 @@ DEVICE = (
     ),
     Mutant(
         name="keys-of-later-tokens-seen",
-        file="vllm_reroute/routing/prompt_rows.py",
+        file="vllm_reroute/routing/prompt_table.py",
         old="seen = (lens[:, None] - np.arange(n)[::-1]).clip(min=1)",
         new="seen = (lens[:, None] - np.arange(n)).clip(min=1)",
         killers=("tests/unit/test_selection.py::test_rows_that_score",),

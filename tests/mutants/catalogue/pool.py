@@ -6,8 +6,8 @@ POOL = (
     Mutant(
         name="hit-forgotten-while-it-is-admitted",
         file="vllm_reroute/kv_cache/parked_manager.py",
-        old="self._entries(request_id, self._found.get(request_id, 0), num_tokens)",
-        new="self._entries(request_id, 0, num_tokens)",
+        old="self._missing(request_id, before, self.num_found(request_id), num_tokens)",
+        new="self._missing(request_id, before, 0, num_tokens)",
         killers=(
             "tests/unit/test_kept_turns.py::"
             "test_a_hit_behind_the_first_turn_takes_none_of_its_pages",
@@ -16,7 +16,7 @@ POOL = (
     Mutant(
         name="pages-offered-but-not-written",
         file="vllm_reroute/plan/step_plan.py",
-        old="stop[request] = batch.turns.end[offered] // block_size * block_size",
+        old="stop[request] = turns.end[offered] // block_size * block_size",
         new="stop[request] = 0",
         killers=(
             "tests/unit/test_scheduler.py::"
@@ -54,8 +54,8 @@ POOL = (
     Mutant(
         name="key-without-its-budget",
         file="vllm_reroute/kv_cache/turn_keys.py",
-        old="sha256((self._chain(num_tokens), self.routing.keep, kind, index))",
-        new="sha256((self._chain(num_tokens), kind, index))",
+        old="how = routing.keep, routing.recalls, kind, index",
+        new="how = routing.recalls, kind, index",
         killers=("tests/unit/test_kept_turns.py::test_what_is_kept_depends_on_how_much",),
     ),
     Mutant(
@@ -89,11 +89,21 @@ POOL = (
         killers=("tests/unit/test_prefix_hits.py::test_a_lost_page_ends_the_hit_there",),
     ),
     Mutant(
-        name="layers-share-a-cache-key",
-        file="vllm_reroute/kv_cache/interleaving.py",
-        old="group_id + (layer << _LAYER_ID_SHIFT)",
-        new="group_id",
+        name="first-layer-speaks-for-all",
+        file="vllm_reroute/kv_cache/layer_entries.py",
+        old="if all(block.block_hash is own for block in blocks):",
+        new="if blocks:",
         killers=("tests/unit/test_kv_manager.py::test_one_evicted_layer_ends_the_hit_there",),
+    ),
+    Mutant(
+        name="another-layer-of-the-same-tokens",
+        file="vllm_reroute/kv_cache/layer_entries.py",
+        old="block.block_hash is own for",
+        new="block.block_hash == own for",
+        killers=(
+            "tests/unit/test_layer_entries.py::"
+            "test_a_layer_s_block_may_serve_another_layer_of_the_same_tokens",
+        ),
     ),
     Mutant(
         name="admission-forgets-waiting-pages",
@@ -123,7 +133,7 @@ POOL = (
         name="dropped-step-found-in-the-cache",
         file="vllm_reroute/kv_cache/scheduler.py",
         old="manager.withdraw(request)",
-        new="",
+        new="pass",
         killers=(
             "tests/unit/test_scheduler.py::test_what_a_preempted_step_was_to_write_is_not_found",
         ),
