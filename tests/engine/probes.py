@@ -104,6 +104,13 @@ def free_blocks(llm: Any) -> int:
     return scheduler_of(llm).kv_cache_manager.block_pool.get_num_free_blocks()
 
 
+def turn_marker(llm: Any) -> tuple[int, ...]:
+    """Token ids by which prompts ask the assistant to speak."""
+    from vllm_reroute.schedule import RoutingSchedule
+
+    return RoutingSchedule.of(llm.llm_engine.vllm_config).marker
+
+
 def runner_name(llm: Any) -> str:
     """`V1` or `V2`."""
     executor = llm.llm_engine.engine_core.engine_core.model_executor

@@ -13,7 +13,7 @@ from tests.engine.conftest import engine_args
 from tests.engine.family_requests import FamilyAsk, processor
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
-from tests.engine.probes import generate, kv_lens, stepwise
+from tests.engine.probes import generate, kv_lens, stepwise, turn_marker
 from tests.engine.runners import on_runners
 from vllm_reroute.schedule import RerouteOptions
 
@@ -100,8 +100,8 @@ def test_removing_family_agrees_with_oracle(
         assert lens == oracles.result(family, schedule, ask, prompt).kv_lens
 
 
-def conversation(family: str, folder: Path) -> list[FamilyAsk]:
-    """Three turns, each with all before it; the second brings another picture. They keep their choice."""
+def conversation(family: str, folder: Path, history: str) -> list[FamilyAsk]:
+    """Three turns, each with all before it; the second brings another picture, the third asks about both."""
     other = "video" if family in WITH_VIDEO else "image"
     parts = (
         ("image", 0),
@@ -112,7 +112,7 @@ def conversation(family: str, folder: Path) -> list[FamilyAsk]:
         ("answer", "Boats on the lake."),
         ("text", "Which of both is older?"),
     )
-    own = {"extra_args": {"reroute": {"history": "keep"}}}
+    own = {"extra_args": {"reroute": {"history": history}}}
     return [
         FamilyAsk(folder, parts[:end], max_tokens=12, options=own, explain=False)
         for end in (2, 5, 7)
@@ -124,27 +124,27 @@ def test_family_in_chunks_and_from_the_cache_agrees_with_oracle(
     host: EngineHost, folders: dict[str, Path], oracles: OracleAnswers, family: str
 ) -> None:
     """Steps of 96 tokens, together; then one by one, each finding its own prompt of before. Then a
-    conversation that keeps its choice, turn by turn and all turns at once, telling what each keeps."""
+    conversation that keeps its choice, and one whose last question adds to it, turn by turn and all turns at
+    once, telling what each keeps."""
     folder = folders[family]
-    marker = MARKERS[family]
-    options = {**REROUTE, "turn_marker": marker}
+    options = {**REROUTE, "turn_marker": MARKERS[family]}
     schedule = RerouteOptions.from_mapping(options).resolve(DEPTH)
     steps = {"max_num_batched_tokens": 96, "max_num_seqs": 16, "enable_prefix_caching": True}
     host.engine(**family_engine(folder, options, **steps))
     oracles.check_together_and_cached(host, family, schedule, requests(family, folder))
 
-    ids = processor(folder).tokenizer(marker, add_special_tokens=False)["input_ids"]
-    keeps = replace(schedule, history="keep", marker=tuple(ids))
-    talk, cached = conversation(family, folder), []
-    for ask in talk:
-        (answer,) = host.call(generate, [ask])
-        oracles.check_tokens(family, keeps, ask, answer)
-        cached.append(answer.num_cached)
-    # The first turn finds what requests that rank again have left of its picture.
-    assert 0 < cached[0] < cached[1] < cached[2]
-    talk = [replace(ask, explain=True) for ask in talk]
-    for ask, answer in zip(talk, host.call(generate, talk), strict=True):
-        oracles.check_tokens(family, keeps, ask, answer)
+    for history in ("keep", "recall"):
+        keeps = replace(schedule, history=history, marker=host.call(turn_marker))
+        talk, cached = conversation(family, folder, history), []
+        for ask in talk:
+            (answer,) = host.call(generate, [ask])
+            oracles.check_tokens(family, keeps, ask, answer)
+            cached.append(answer.num_cached)
+        # The first turn finds what requests that rank again have left of its picture.
+        assert 0 < cached[0] < cached[1] < cached[2]
+        talk = [replace(ask, explain=True) for ask in talk]
+        for ask, answer in zip(talk, host.call(generate, talk), strict=True):
+            oracles.check_tokens(family, keeps, ask, answer)
 
 
 def num_compiled_stages(llm: Any) -> int:
