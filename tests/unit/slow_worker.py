@@ -4,6 +4,7 @@ import numpy as np
 from vllm.utils.math_utils import cdiv
 
 from vllm_reroute.kv_cache.spec import StageSpec
+from vllm_reroute.plan import late_pictures
 from vllm_reroute.plan.batch_routing import BatchRouting
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.step_plan import plan_step
@@ -50,6 +51,7 @@ class SlowWorker:
         for name in output.finished_req_ids:
             self.tables.pop(name, None)
         self._take_tables(output)
+        self.pictures |= late_pictures.take(output)
         for name, inputs in output.scheduled_encoder_inputs.items():
             sent = [self.pictures[name][number].data for number in inputs]
             assert None not in sent, "a picture that the worker has never been sent"

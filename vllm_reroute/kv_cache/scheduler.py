@@ -26,6 +26,7 @@ from vllm_reroute.kv_cache.prefix_hits import PrefixHits
 from vllm_reroute.logger import reroute_logger
 from vllm_reroute.metrics import carrier
 from vllm_reroute.metrics.counting import RoutingCounts
+from vllm_reroute.plan import late_pictures
 from vllm_reroute.plan.chunks import LAST_TOKENS, prefill_chunk
 from vllm_reroute.plan.decided_turn import turns_of
 from vllm_reroute.schedule import RoutingSchedule
@@ -81,21 +82,32 @@ class RoutedSchedulerMixin(_Stock):
         self._record_stock = self.kv_cache_manager.record_prefix_cache_stats
         hooked.record_prefix_cache_stats = self._record_prefix_cache_stats
         self._deciding = 0, 0
+        self._withheld: dict[str, set[int]] = {}
+        """By request id, the pictures that a worker was not sent, see `late_pictures`."""
         logger.info("%s", engine_report(self.vllm_config, self.kv_cache_config))
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._deciding = 0, 0
         output = super().schedule(*args, **kwargs)
-        for new in output.scheduled_new_reqs:
-            # vLLM leaves out pictures that are all in the cache. A worker gets them this once, and needs
-            # them if the request comes back from a preemption and they are there no longer.
-            new.mm_features = self.requests[new.req_id].mm_features
+        self._send_late_pictures(output)
         if self.live.schedule.marker and self.live.offers_parked:
             for request_id in output.num_scheduled_tokens:
                 self.kept_turns.offer(self.requests[request_id])
         self.parked_pages.release_decided()
         self.counts.scheduled(output)
         return output
+
+    def _send_late_pictures(self, output: SchedulerOutput) -> None:
+        for new in output.scheduled_new_reqs:
+            found = self.parked_pages.num_found(new.req_id)
+            places = [one.mm_position for one in self.requests[new.req_id].mm_features]
+            ends = enumerate(place.offset + place.length for place in places)
+            self._withheld[new.req_id] = {number for number, end in ends if end <= found}
+        encoded = output.scheduled_encoder_inputs.items()
+        late = [name for name, numbers in encoded if self._withheld[name].intersection(numbers)]
+        if late:
+            late_pictures.send(output, {name: self.requests[name].mm_features for name in late})
+            self._withheld.update((name, set()) for name in late)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -182,6 +194,7 @@ class RoutedSchedulerMixin(_Stock):
                 self.kept_turns.ended(request)
             self.counts.finished(request)
             self.decided_turns.forget(request)
+            self._withheld.pop(request.request_id, None)
         self.decode_blocks.forget(request)
         self.kept_turns.forget(request)
         managers: Any = self.kv_cache_manager.coordinator.single_type_managers

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
+from vllm_reroute.plan import late_pictures
 from vllm_reroute.plan.decided_turn import send
 
 if TYPE_CHECKING:
@@ -46,7 +47,14 @@ class RoutedWorker(_Stock):
         return super().compile_or_warm_up_model()
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """What stages hold of visual tokens goes with the blocks that vLLM is about to copy."""
+        """Hands on what vLLM's runner does not know of: pictures that come late, and what stages hold of
+        visual tokens, which goes with the blocks that are about to be copied."""
+        late = late_pictures.take(scheduler_output)
+        if late:
+            # Of V1: the V2 runner is told of a request that comes back as of a new one.
+            runner: Any = self.model_runner
+            for request_id, features in late.items():
+                runner.requests[request_id].mm_features = features
         copies = scheduler_output.kv_cache_block_copies
         if copies:
             model: Any = self.get_model()
