@@ -1,5 +1,7 @@
 """The choice on the device equals what a reader would do by hand, request by request."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -276,3 +278,29 @@ def test_places_behind_a_prompt_s_end():
     assert step.prompts.past_end.sum(dim=2).flatten().tolist() == [5, 0, 21]
     assert step.prompts.past_end[2, 0].tolist() == [False] * 9 + [True] * 21
     assert Step(IMAGE, IMAGE).prompts.past_end is None
+
+
+class Holding:
+    """In place of what stages hold: these of the only prompt's visual tokens."""
+
+    def __init__(self, numbers):
+        self.numbers = torch.tensor(numbers)
+
+    def among(self, stage, entries, first, shape):
+        held = torch.zeros(shape, dtype=torch.bool)
+        held.view(-1)[first[0] + self.numbers] = True
+        return held
+
+
+def test_what_a_stage_holds_is_not_brought_back_whatever_its_score():
+    """A score need not come from attention, where what is no key has none."""
+    schedule = replace(SCHEDULE, history="recall", marker=(8, 9))
+    prompt = [1] * 26 + [8, 9] + [1] * 4 + [8, 9]
+    plan = plan_of([Going(routing_of(ONE, prompt, schedule, BLOCK), 28, 6)], schedule, BLOCK)
+    (prefill,) = plan.prefills
+    assert prefill.turn.kept == (0, 2, 1) and prefill.num_recalled == 20
+    prompts = PromptRows.of(plan, None, CPU, 1, of=1, held=Holding([0, 1, 2, 3, 4, 6, 7, 8, 9, 11]))
+    scores = torch.arange(prompts.width).flip(0).float()[None]
+    rows = select_rows(scores, text_mask(plan, CPU), prompts, [2], plan.stages[1].num_tokens)
+    # Four of text, all 20 visual tokens of the first turn, and the marker.
+    assert rows.tolist() == [0, 1, 2, 3, 4 + 5, 4 + 10, 24, 25]

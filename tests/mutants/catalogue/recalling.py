@@ -4,6 +4,11 @@ from tests.mutants.mutant import Mutant
 
 _PAGES = "tests/unit/test_recallable_pages.py::"
 
+COLD_AND_CACHED = (
+    "tests/engine/test_recalled_turns.py::"
+    "test_a_conversation_is_the_same_cold_and_turn_by_turn[v1-in-chunks]"
+)
+
 RECALLING = (
     Mutant(
         name="states-not-looked-for",
@@ -61,6 +66,53 @@ RECALLING = (
         new="        return told\n",
         killers=(
             "tests/unit/test_decided_turns.py::test_a_turn_that_looks_back_adds_to_what_was_told",
+        ),
+    ),
+    Mutant(
+        name="recalled-in-front-of-the-whole-turn",
+        file="vllm_reroute/plan/request_routing.py",
+        old="begin = max(min(one.first, one.end - LAST_TOKENS), turns[-1].end)",
+        new="begin = max(min(one.first, one.end - LAST_TOKENS) - 3, turns[-1].end)",
+        killers=("tests/unit/test_turns.py",),
+    ),
+    Mutant(
+        name="held-tokens-chosen-again",
+        file="vllm_reroute/routing/selection.py",
+        old="return stays if prompts.held is None else stays | prompts.held",
+        new="return stays",
+        killers=(
+            "tests/unit/test_selection.py::"
+            "test_what_a_stage_holds_is_not_brought_back_whatever_its_score",
+        ),
+    ),
+    Mutant(
+        name="held-tokens-are-keys-twice",
+        file="vllm_reroute/routing/prompt_rows.py",
+        old="            if self.held is not None:\n",
+        new="            if self.held is None and self.held is not None:\n",
+        killers=(COLD_AND_CACHED,),
+    ),
+    Mutant(
+        name="numbers-stay-when-blocks-are-copied",
+        file="vllm_reroute/runners/worker.py",
+        old="        if copies:\n",
+        new="        if copies and not copies:\n",
+        killers=(COLD_AND_CACHED,),
+    ),
+    Mutant(
+        name="found-turns-offer-their-pages-again",
+        file="vllm_reroute/kv_cache/recallable_pages.py",
+        old="if turn.end <= self._parked.num_found(keys.request.request_id):",
+        new="if turn.end < 0:",
+        killers=("tests/unit/test_found_pages.py::test_who_finds_a_turn_offers_none_of_its_pages",),
+    ),
+    Mutant(
+        name="worker-without-a-found-picture",
+        file="vllm_reroute/kv_cache/scheduler.py",
+        old="            new.mm_features = self.requests[new.req_id].mm_features\n",
+        new="            pass\n",
+        killers=(
+            "tests/unit/test_scheduler.py::test_who_found_its_picture_in_the_cache_can_still_run_it",
         ),
     ),
 )
