@@ -109,7 +109,7 @@ RECALLING = (
     Mutant(
         name="worker-without-a-found-picture",
         file="vllm_reroute/kv_cache/scheduler.py",
-        old="            new.mm_features = self.requests[new.req_id].mm_features\n",
+        old="        self._send_late_pictures(output)\n",
         new="            pass\n",
         killers=(
             "tests/unit/test_scheduler.py::test_who_found_its_picture_in_the_cache_can_still_run_it",
