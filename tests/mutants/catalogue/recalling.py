@@ -110,7 +110,7 @@ RECALLING = (
         name="worker-without-a-found-picture",
         file="vllm_reroute/kv_cache/scheduler.py",
         old="        self._send_late_pictures(output)\n",
-        new="            pass\n",
+        new="",
         killers=(
             "tests/unit/test_scheduler.py::test_who_found_its_picture_in_the_cache_can_still_run_it",
         ),
