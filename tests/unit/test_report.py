@@ -99,6 +99,9 @@ def test_a_request_s_choice_of_history_is_said(config, action, allowed, history)
     shown = engine_report(vllm_config, pool)
     assert f"reroute_history {allowed}; here {history} unless it says so" in shown
     assert ("stay while a later question of the same prompt" in shown) is (history == "recall")
+    # An int32 for each of the pool's 100 blocks of 16.
+    noted = f"noted beside the K/V pool: {100 * 16 * 4 / 2**20:.3f} MiB"
+    assert (noted in shown) is (action == "reroute")
 
 
 def test_a_tier_that_cannot_be_met_is_left_out(monkeypatch):

@@ -45,7 +45,7 @@ def engine_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> st
         f"{usable * footprint.block_size * footprint.bytes_per_token // footprint.dense_bytes} dense",
         *_held_lines(vllm_config, kv_cache_config, footprint),
         *budget_lines(footprint),
-        *_history_lines(schedule),
+        *_history_lines(schedule, slots=kv_cache_config.num_blocks * spec.block_size),
     ]
     return "visual-token routing\n" + "\n".join(f"  {line}".rstrip() for line in lines)
 
@@ -76,7 +76,8 @@ def _held_lines(
     ]
 
 
-def _history_lines(schedule: RoutingSchedule) -> list[str]:
+def _history_lines(schedule: RoutingSchedule, slots: int) -> list[str]:
+    """slots: tokens of a layer that the K/V pool has room for."""
     if not schedule.marker:
         return []
     *others, last = [name for name in HISTORIES if name != "recall" or schedule.reroutes]
@@ -84,6 +85,11 @@ def _history_lines(schedule: RoutingSchedule) -> list[str]:
         f"a request may choose what later turns do with its pictures (reroute_history {', '.join(others)} or "
         f"{last}; here {schedule.history} unless it says so)"
     ]
+    if schedule.reroutes:
+        lines.append(
+            f"which visual tokens stages hold is noted beside the K/V pool: {4 * slots / MIB:.3f} MiB on every "
+            "worker, not part of what vLLM measures"
+        )
     if schedule.recalls:
         lines.append(
             "states that pictures have parked stay while a later question of the same prompt may bring tokens "
