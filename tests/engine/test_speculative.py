@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.engine.conftest import engine_args
+from tests.engine.dialogues import asked, schedule_of
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
 from tests.engine.probes import free_blocks, generate, generate_one_by_one, scheduler_of
 from tests.engine.test_progress import CHAT, OPTIONS
+from tests.engine.test_recalled_turns import FOLLOWED_UP, history
 from vllm_reroute.schedule import RerouteOptions
 
 NGRAM = {
@@ -57,13 +60,18 @@ def test_ngram_drafts_change_no_answer(
     new_host: EngineHost, models: Any, oracles: OracleAnswers
 ) -> None:
     """In chunks beside each other, then one by one from the prefix cache; some drafts are right, most
-    are not."""
+    are not. Questions that bring tokens back, too."""
     schedule = RerouteOptions.from_mapping(OPTIONS).resolve(8)
+    recalls = schedule_of({**OPTIONS, "history": "recall"}, models["grouped"])
+    back = [
+        replace(ask, options=history({"history": "recall"}))
+        for ask in asked(models["grouped"], FOLLOWED_UP)
+    ]
     host = new_host
     host.engine(
         **engine_args(
             models["grouped"],
-            OPTIONS,
+            {**OPTIONS, "turn_marker": "ASSISTANT:"},
             max_num_batched_tokens=64,
             max_num_seqs=8,
             enable_prefix_caching=True,
@@ -71,8 +79,11 @@ def test_ngram_drafts_change_no_answer(
         )
     )
     before = host.call(free_blocks)
-    answers, num_drafted, num_accepted = host.call(drafted, CHAT)
-    for ask, answer in zip(CHAT * 2, answers, strict=True):
-        oracles.check("grouped", schedule, ask, answer)
+    answers, num_drafted, num_accepted = host.call(drafted, [*CHAT, *back])
+    for ask, answer in zip([*CHAT, *back] * 2, answers, strict=True):
+        if ask in CHAT:
+            oracles.check("grouped", schedule, ask, answer)
+        else:
+            oracles.check_tokens("grouped", recalls, ask, answer)
     assert num_drafted > 20 and 0 < num_accepted < num_drafted
     assert host.call(free_blocks) == before
