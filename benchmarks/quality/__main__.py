@@ -11,7 +11,6 @@ plots. A run that was cut off goes on where it stopped. With --base-url a server
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,12 +23,16 @@ from benchmarks.quality.methods import CALIBRATED, METHODS, Configuration, confi
 from benchmarks.quality.model_shape import DEFAULT_MODEL, ModelShape, fingerprint
 from benchmarks.quality.results import results, rows_in
 from benchmarks.quality.run import SPLIT, run, run_own_server
+from benchmarks.quality.run_arguments import (
+    add_run_arguments,
+    check_counts,
+    outcomes_in,
+    show_report,
+)
 from benchmarks.quality.serving import Serving
 
-OUT = Path(__file__).resolve().parents[2] / ".local" / "quality"
 PUBLISHED = Path(__file__).resolve().parents[1] / "results"
 QUESTIONS, QUICK_QUESTIONS = 1000, 36
-BUDGETS = (33, 22, 11, 5)
 
 
 def main() -> None:
@@ -58,31 +61,13 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="METHOD",
         help=f"of: {', '.join(METHODS)} (default: all, calibrated ones for the grounding model alone)",
     )
-    parser.add_argument(
-        "--budgets", nargs="+", type=float, default=BUDGETS, metavar="PERCENT",
-        help="average visual tokens per decoder layer, in percent of the image's (default: 33 22 11 5)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=OUT,
-        help="folder of outcomes and report (default: .local/quality)",
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="forget the outcomes that are in --out"
-    )
-    parser.add_argument(
-        "--publish", action="store_true",
-        help="ask nothing, write the report of what is in --out to benchmarks/results",
-    )  # fmt: skip
-    parser.add_argument(
-        "--concurrency", type=int, default=32, help="requests under way at once (default: 32)"
-    )
-    parser.add_argument(
-        "--dtype", default="float32", help="of the servers started here (default: float32)"
-    )
-    parser.add_argument(
-        "--start-limit", type=float, default=600, help="seconds a server may take to start"
+    add_run_arguments(
+        parser,
+        name="quality",
+        published="benchmarks/results",
+        images="image's",
+        at_once="requests under way",
+        concurrency=32,
     )
     own = parser.add_argument_group("a server of your own, asked instead of starting any")
     own.add_argument(
@@ -103,9 +88,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if args.questions is None:
         args.questions = QUICK_QUESTIONS if args.quick else QUESTIONS
-    for name in ("questions", "concurrency"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} must be 1 or more.")
+    check_counts(parser, args, ("questions", "concurrency"))
     if args.base_url is None:
         for name in ("label", "visual_tokens"):
             if getattr(args, name) is not None:
@@ -121,10 +104,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def measure(args: argparse.Namespace) -> bool:
     """Asks, writes the report, and says whether everything wanted has an answer."""
-    outcomes = args.out / "outcomes"
-    if args.fresh:
-        for path in outcomes.glob("*.jsonl"):
-            path.unlink()
+    outcomes = outcomes_in(args.out, fresh=args.fresh)
     # What a model cannot serve is refused before pictures are rendered.
     plan = None if args.base_url else planned(args)
     model = DEFAULT_MODEL if args.base_url or not args.model else Path(args.model)
@@ -136,8 +116,7 @@ def measure(args: argparse.Namespace) -> bool:
     published = PUBLISHED if ours else PUBLISHED / model.name
     folder = published if args.publish else args.out
     paths = report.write(found, folder)
-    print((folder / report.MARKDOWN_NAME).read_text(encoding="utf-8"))
-    print("Written: " + ", ".join(str(path) for path in paths), file=sys.stderr)
+    show_report(folder / report.MARKDOWN_NAME, paths)
     return found["complete"]
 
 

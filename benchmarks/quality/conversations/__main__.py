@@ -10,7 +10,6 @@ run that was cut off goes on where it stopped.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,12 +22,16 @@ from benchmarks.quality.conversations.table import table
 from benchmarks.quality.conversations.talking import talks_of, turns_of
 from benchmarks.quality.model_shape import ModelShape, fingerprint
 from benchmarks.quality.run import SPLIT
+from benchmarks.quality.run_arguments import (
+    add_run_arguments,
+    check_counts,
+    outcomes_in,
+    show_report,
+)
 from benchmarks.quality.serving import Serving
 
-OUT = Path(__file__).resolve().parents[3] / ".local" / "conversations"
 PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "conversations"
 TALKS, QUICK_TALKS = 1000, 12
-BUDGETS = (33, 22, 11, 5)
 
 
 def main() -> None:
@@ -56,29 +59,13 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", metavar="SERVER", help=f"of: {', '.join(METHODS)} (default: all)"
     )
-    parser.add_argument(
-        "--budgets", nargs="+", type=float, default=BUDGETS, metavar="PERCENT",
-        help="average visual tokens per decoder layer, in percent of the pictures' (default: 33 22 11 5)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=OUT,
-        help="folder of outcomes and report (default: .local/conversations)",
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="forget the outcomes that are in --out"
-    )
-    parser.add_argument(
-        "--publish", action="store_true",
-        help="ask nothing, write the report of what is in --out to benchmarks/results/conversations",
-    )  # fmt: skip
-    parser.add_argument(
-        "--concurrency", type=int, default=64, help="conversations held at once (default: 64)"
-    )
-    parser.add_argument("--dtype", default="float32", help="of the servers (default: float32)")
-    parser.add_argument(
-        "--start-limit", type=float, default=600, help="seconds a server may take to start"
+    add_run_arguments(
+        parser,
+        name="conversations",
+        published="benchmarks/results/conversations",
+        images="pictures'",
+        at_once="conversations held",
+        concurrency=64,
     )
     args = parser.parse_args(words)
     if args.publish and (args.quick or args.fresh):
@@ -87,18 +74,13 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if args.talks is None:
         args.talks = QUICK_TALKS if args.quick else TALKS
-    for name in ("talks", "concurrency"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} must be 1 or more.")
+    check_counts(parser, args, ("talks", "concurrency"))
     return args
 
 
 def measure(args: argparse.Namespace) -> bool:
     """Asks, writes the report, and says whether everything wanted has an answer."""
-    outcomes = args.out / "outcomes"
-    if args.fresh:
-        for path in outcomes.glob("*.jsonl"):
-            path.unlink()
+    outcomes = outcomes_in(args.out, fresh=args.fresh)
     shape = ModelShape.of(args.model)
     wanted = rows(args.only or list(METHODS), [each / 100 for each in args.budgets], shape)
     talks = talks_of(conversations(SPLIT, args.talks))
@@ -118,8 +100,7 @@ def measure(args: argparse.Namespace) -> bool:
     found = table(outcomes, turns_of(talks), len(talks), not_run)
     folder = PUBLISHED if args.publish else args.out
     paths = report.write(found, folder)
-    print((folder / report.MARKDOWN_NAME).read_text(encoding="utf-8"))
-    print("Written: " + ", ".join(str(path) for path in paths), file=sys.stderr)
+    show_report(folder / report.MARKDOWN_NAME, paths)
     return found["complete"]
 
 
