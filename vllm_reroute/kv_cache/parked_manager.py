@@ -177,23 +177,15 @@ class ParkedManager(LayeredManager):
         return sorted({index for pages in needed for index in pages if index >= held})
 
     def _needed(self, routing: RequestRouting, num_computed: int, num_tokens: int) -> list[range]:
-        """Blocks of tokens that are in pages once `num_tokens` tokens have run."""
-        size, turns = self.block_size, routing.turns
-        waiting = turns.open_at(num_tokens)
+        """Blocks of tokens that get pages by the time `num_tokens` tokens have run."""
+        waiting = routing.turns.open_at(num_tokens)
         needed = [] if waiting is None else [self._waiting(waiting, num_tokens)]
-        if routing.recalls:
-            offered, awaits = self.live.offers_parked, routing.awaits(num_computed)
-            needed += [
-                turn.reusable(size)
-                for turn in turns.with_pictures()
-                if turn.end <= num_tokens
-                and ((awaits and turn in routing.awaited) or (offered and num_computed < turn.end))
-            ]
-            return needed
-        first = turns.turns[0]
-        if self.live.offers_parked and num_computed < first.end <= num_tokens:
-            return [range(first.begin // size, first.end // size)]
-        return needed
+        offered = self.live.offers_parked
+        return needed + [
+            routing.left_in_pages(turn, self.block_size, offered=offered)
+            for turn in routing.turns.with_pictures()
+            if num_computed < turn.end <= num_tokens
+        ]
 
     def _waiting(self, turn: Turn, num_tokens: int) -> range:
         """Blocks that a turn's first `num_tokens` tokens fill, those of a turn that has to wait."""

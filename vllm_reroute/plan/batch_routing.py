@@ -24,41 +24,26 @@ def rows_alike(table: np.ndarray) -> tuple[int, ...]:
 class BatchTurns:
     """All turns of a batch as arrays.
 
-    request, begin, end, visual_end: [turns] int64. recalled: [turns] int64, visual tokens of earlier turns that are
-    ranked. awaited, recallable: bool [turns], whether a later turn of the prompt, or of a longer one,
-    may bring back tokens of this one. deferred: [stages, turns] int64.
+    request, begin, end: [turns] int64. recalled: [turns] int64, visual tokens of earlier turns that are
+    ranked. deferred: [stages, turns] int64.
     """
 
     request: np.ndarray
     begin: np.ndarray
     end: np.ndarray
-    visual_end: np.ndarray
     recalled: np.ndarray
-    awaited: np.ndarray
-    recallable: np.ndarray
     deferred: np.ndarray
 
     @classmethod
     def of(cls, routings: Sequence[RequestRouting | None], num_stages: int) -> BatchTurns:
         turns = [
-            (
-                i,
-                turn.begin,
-                turn.end,
-                turn.visual_end,
-                turn.size * turn.recalls,
-                turn in routing.awaited,
-                routing.recalls and not turn.recalls,
-                *map(turn.deferred, range(num_stages)),
-            )
+            (i, turn.begin, turn.end, turn.num_recalled, *map(turn.deferred, range(num_stages)))
             for i, routing in enumerate(routings)
             if routing is not None
             for turn in routing.turns.turns
         ]
-        table = np.array(turns, dtype=np.int64).reshape(len(turns), 7 + num_stages).T
-        request, begin, end, visual_end, recalled = table[:5]
-        awaited, recallable = table[5:7].astype(bool)
-        return cls(request, begin, end, visual_end, recalled, awaited, recallable, table[7:])
+        table = np.array(turns, dtype=np.int64).reshape(len(turns), 4 + num_stages).T
+        return cls(table[0], table[1], table[2], table[3], table[4:])
 
 
 @dataclass(frozen=True)
@@ -94,11 +79,6 @@ class BatchRouting:
             deferred,
             BatchTurns.of(routings, num_stages),
         )
-
-    @property
-    def is_first_turn(self) -> np.ndarray:
-        """Bool [turns]: whose parked states others may find."""
-        return self.turns.begin == self.text_prefix[self.turns.request]
 
     @cached_property
     def like_stage(self) -> tuple[int, ...]:

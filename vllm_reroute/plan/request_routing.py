@@ -109,6 +109,18 @@ class RequestRouting:
         last = self.turns.last_recall()
         return tuple(turn for turn in self.turns.with_pictures() if turn.end < last)
 
+    def left_in_pages(self, turn: Turn, block_size: int, *, offered: bool) -> range:
+        """Blocks of tokens whose parked states are worth keeping once a turn has been decided.
+
+        offered: whether the prefix cache is on. Later prompts that begin alike find those of the first
+        turn; where turns bring tokens back, later turns of this prompt and of others those of any.
+        """
+        if turn in self.awaited or (offered and self.recalls and not turn.recalls):
+            return turn.reusable(block_size)
+        if offered and turn == self.turns.turns[0]:
+            return range(turn.begin // block_size, turn.end // block_size)
+        return range(0)
+
     def awaits(self, num_tokens: int) -> bool:
         """Whether a turn still to be decided after `num_tokens` tokens may bring tokens back."""
         return num_tokens < self.turns.last_recall()

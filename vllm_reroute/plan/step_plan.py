@@ -90,7 +90,7 @@ class ImagePrefill:
     @property
     def num_recalled(self) -> int:
         """Candidates that are visual tokens of earlier turns."""
-        return self.turn.size if self.turn.recalls else 0
+        return self.turn.num_recalled
 
     @cached_property
     def ranked(self) -> np.ndarray:
@@ -243,7 +243,7 @@ def plan_step(
         _candidate_places(first, last, prefills),
         first,
         last,
-        _parks(batch, end, last, ending, block_size, offers_parked),
+        _parks(prefills, end, last, block_size, offers_parked),
         block_size,
     )
     return StepPlan(num_tokens, query, held, candidates, prefills, boundary)
@@ -268,27 +268,21 @@ def _prefill(
 
 
 def _parks(
-    batch: BatchRouting,
+    prefills: tuple[ImagePrefill, ...],
     end: np.ndarray,
     last: np.ndarray,
-    ending: np.ndarray,
     block_size: int,
     offers_parked: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions [begin, end) of each request that belong in pages after the step, as far as it runs
-    them: those that wait for their question, and those that others may find."""
+    them: those that wait for their question, and what a turn that has been decided leaves there."""
     begin, stop = last.copy(), end.copy()
-    turns = batch.turns
-    if offers_parked:
-        offered = ending & batch.is_first_turn
-        request = turns.request[offered]
-        begin[request] = turns.begin[offered]
-        stop[request] = turns.end[offered] // block_size * block_size
-    needed = ending & (turns.awaited | (turns.recallable & offers_parked))
-    request = turns.request[needed]
-    blocks = np.maximum(turns.end // block_size, -(-turns.visual_end // block_size))
-    begin[request] = turns.begin[needed]
-    stop[request] = np.minimum(turns.end, blocks * block_size)[needed]
+    for prefill in prefills:
+        turn = prefill.turn
+        blocks = prefill.routing.left_in_pages(turn, block_size, offered=offers_parked)
+        if blocks:
+            begin[prefill.index] = turn.begin
+            stop[prefill.index] = min(turn.end, blocks.stop * block_size)
     return begin, stop
 
 

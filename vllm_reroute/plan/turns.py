@@ -38,9 +38,14 @@ class Turn:
         """Whether it brings back visual tokens of earlier turns."""
         return not self.visual_end
 
+    @property
+    def num_recalled(self) -> int:
+        """Visual tokens of earlier turns that are ranked."""
+        return self.size if self.recalls else 0
+
     def deferred(self, stage: int) -> int:
         """Visual tokens of the turn's own that do NOT run in a stage, less those it brings back."""
-        return (0 if self.recalls else self.size) - self.kept[stage]
+        return self.size - self.num_recalled - self.kept[stage]
 
     def reusable(self, block_size: int) -> range:
         """Blocks of tokens that hold states which no question has chosen, for later turns and prompts: those that

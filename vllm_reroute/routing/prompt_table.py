@@ -116,6 +116,8 @@ def earlier_turns(
 
 
 def first_of_each(counts: tuple[int, ...]) -> np.ndarray:
+    """int64 [sum of counts]: the first entries of each row of a table [requests, largest count], laid out
+    row behind row."""
     most = max(counts)
     return ranges(np.arange(len(counts)) * most, np.array(counts, dtype=np.int64))
 

@@ -193,13 +193,13 @@ def check_config(vllm_config: VllmConfig) -> None:
             f"not been tested with. Allowed: {_WEIGHTS}. Use such a checkpoint, or serve without "
             "--reroute-schedule."
         )
+    fewest = fewest_step_tokens(RoutingSchedule.of(vllm_config).marker)
     for option in (
         "long_prefill_token_threshold",
         "max_num_scheduled_tokens",
         "max_num_batched_tokens",
     ):
         most = getattr(vllm_config.scheduler_config, option)
-        fewest = fewest_step_tokens(RoutingSchedule.of(vllm_config).marker)
         if most is not None and 0 < most < fewest:
             raise ValueError(
                 f"--{option.replace('_', '-')} {most} cannot be combined with visual-token routing: an "

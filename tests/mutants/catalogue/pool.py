@@ -16,8 +16,8 @@ POOL = (
     Mutant(
         name="pages-offered-but-not-written",
         file="vllm_reroute/plan/step_plan.py",
-        old="stop[request] = turns.end[offered] // block_size * block_size",
-        new="stop[request] = 0",
+        old="stop[prefill.index] = min(turn.end, blocks.stop * block_size)",
+        new="stop[prefill.index] = 0",
         killers=(
             "tests/unit/test_scheduler.py::"
             "test_a_conversation_that_begins_otherwise_goes_on_where_the_cache_ends",
