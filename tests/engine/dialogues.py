@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from tests.engine.conftest import engine_args
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
-from tests.engine.probes import generate
-from tests.engine.requests import Answer, Ask
+from tests.engine.probes import free_blocks, generate, stepwise
+from tests.engine.requests import LONG_TEXT, TEXT_ONLY, Answer, Ask
 from vllm_reroute.schedule import RerouteOptions, RoutingSchedule
 
 BLOCK = 32
@@ -126,3 +126,36 @@ def asked(
         asks.append(replace(own.ask(number), **fields))
         own.ids += own.tokenizer(said, add_special_tokens=False)["input_ids"]
     return asks
+
+
+def history(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Sampling options by which a request chooses its own."""
+    return {"extra_args": {"reroute": {**options, **changes}}}
+
+
+def check_in_a_small_pool(
+    v1: EngineHost,
+    models: Any,
+    oracles: OracleAnswers,
+    options: dict[str, Any],
+    conversations: tuple[tuple[Turn, ...], ...],
+    num_blocks: int,
+) -> None:
+    """Turns of conversations that are said in three ways, in a pool of so many blocks: it evicts and preempts, answers
+    stay, and nothing is lost."""
+    folder = models["grouped"]
+    schedule = schedule_of(options, folder)
+    pool_bytes = num_blocks * BLOCK * 2 * 2 * 32 * 4
+    v1.engine(**small(models, options, kv_cache_memory_bytes=pool_bytes, max_model_len=480))
+    before = v1.call(free_blocks)
+    asks: list[Any] = []
+    for said in (" A cup.", " Two dogs, I think.", " A cup of hot coffee with a silver spoon."):
+        for turns in conversations:
+            asks += asked(folder, turns, said, max_tokens=40)
+    asks += [replace(LONG_TEXT, max_tokens=64), replace(TEXT_ONLY, max_tokens=64)]
+    for every in (1, 3):
+        seen = v1.call(stepwise, asks, every=every)
+        assert seen["preempted"] >= 2 and any(seen["cached"])
+        for ask, tokens, prompt in zip(asks, seen["tokens"], seen["prompts"], strict=True):
+            assert tokens == oracles.result("grouped", schedule, ask, prompt).token_ids
+        assert seen["free"] == before

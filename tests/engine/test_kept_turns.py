@@ -10,6 +10,8 @@ from tests.engine.dialogues import (
     ONE_PICTURE,
     PICTURES_LATER,
     Talk,
+    check_in_a_small_pool,
+    history,
     reset,
     schedule_of,
     small,
@@ -17,8 +19,8 @@ from tests.engine.dialogues import (
 )
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
-from tests.engine.probes import free_blocks, generate, stepwise
-from tests.engine.requests import LONG_TEXT, TEXT_ONLY
+from tests.engine.probes import free_blocks, generate
+from tests.engine.requests import TEXT_ONLY
 from tests.engine.runners import on_runners
 
 REROUTE: dict[str, Any] = {"layers": [1, 3, 6], "keep": [0.5, 0.1, 0.8], "history": "keep"}
@@ -81,25 +83,8 @@ def test_a_small_pool_evicts_and_preempts(
     v1: EngineHost, models: Any, oracles: OracleAnswers
 ) -> None:
     """Parts of what turns have kept are gone, running requests lose theirs: answers stay."""
-    folder = models["grouped"]
-    schedule = schedule_of(REROUTE, folder)
-    block_bytes = BLOCK * 2 * 2 * 32 * 4
-    v1.engine(**small(models, REROUTE, kv_cache_memory_bytes=200 * block_bytes, max_model_len=480))
-    before = v1.call(free_blocks)
-    asks: list[Any] = []
-    for said in (" A cup.", " Two dogs, I think.", " A cup of hot coffee with a silver spoon."):
-        for turns in (ONE_PICTURE, PICTURES_LATER[1:]):
-            own = Talk(folder, turns, max_tokens=40)
-            for turn in range(3):
-                asks.append(own.ask(turn))
-                own.ids += own.tokenizer(said, add_special_tokens=False)["input_ids"]
-    asks += [replace(LONG_TEXT, max_tokens=64), replace(TEXT_ONLY, max_tokens=64)]
-    for every in (1, 3):
-        seen = v1.call(stepwise, asks, every=every)
-        assert seen["preempted"] >= 2 and any(seen["cached"])
-        for ask, tokens, prompt in zip(asks, seen["tokens"], seen["prompts"], strict=True):
-            assert tokens == oracles.result("grouped", schedule, ask, prompt).token_ids
-        assert seen["free"] == before
+    conversations = (ONE_PICTURE, PICTURES_LATER[1:])
+    check_in_a_small_pool(v1, models, oracles, REROUTE, conversations, num_blocks=200)
 
 
 def test_a_request_chooses_its_history(v1: EngineHost, models: Any, oracles: OracleAnswers) -> None:
@@ -114,7 +99,7 @@ def test_a_request_chooses_its_history(v1: EngineHost, models: Any, oracles: Ora
         grows, first = Talk(folder, ONE_PICTURE), None
         for number in range(3):
             ask = grows.ask(number)
-            chosen = replace(ask, options={"extra_args": {"reroute": own}})
+            chosen = replace(ask, options=history(own))
             kept, ranked = v1.call(generate, [chosen, ask])
             oracles.check_tokens("grouped", schedule, ask, kept)
             oracles.check_tokens("grouped", replace(keeps, history="rerank"), ask, ranked)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoProcessor
 
 from tests.engine.conftest import engine_args
-from tests.engine.dialogues import asked, schedule_of
+from tests.engine.dialogues import asked, history, schedule_of
 from tests.engine.host import EngineHost
 from tests.engine.int8_checkpoint import Int8Oracle, make_int8_checkpoint
 from tests.engine.oracle_answers import OracleAnswers
@@ -38,7 +38,7 @@ def test_tensor_parallel_agrees_with_oracle(
     talk = asked(
         folder,
         (("What is shown?", (0,)), ("Is it red?", ()), ("Why?", ())),
-        options={"extra_args": {"reroute": {"history": "recall"}}},
+        options=history({"history": "recall"}),
         explain=True,
     )[-1]
     v1.engine(**engine_args(folder, options, tensor_parallel_size=2))

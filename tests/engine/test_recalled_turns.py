@@ -6,11 +6,24 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from tests.engine.dialogues import Dialogue, Talk, Turn, asked, reset, schedule_of, small, talk
+from tests.engine import dialogues
+from tests.engine.dialogues import (
+    ONE_PICTURE,
+    Dialogue,
+    Talk,
+    Turn,
+    asked,
+    check_in_a_small_pool,
+    history,
+    reset,
+    schedule_of,
+    small,
+    talk,
+)
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
-from tests.engine.probes import free_blocks, generate, generate_one_by_one, scheduler_of, stepwise
-from tests.engine.requests import LONG_TEXT, TEXT_ONLY, Answer
+from tests.engine.probes import free_blocks, generate, generate_one_by_one, scheduler_of
+from tests.engine.requests import TEXT_ONLY, Answer
 from tests.engine.runners import on_runners
 from vllm_reroute.schedule import RoutingSchedule
 
@@ -18,24 +31,11 @@ RECALL: dict[str, Any] = {"layers": [1, 3, 6], "keep": [0.5, 0.1, 0.8], "history
 FEW: dict[str, Any] = {"layers": [2, 5], "keep": [0.3, 0.02], "history": "recall"}
 """The second stage holds as much as it may after one question."""
 
-FOLLOWED_UP: tuple[Turn, ...] = (
-    ("What is shown?", (0,)),
-    ("Is it red?", ()),
-    ("Which other things lie beside it on the table, and what are they for?", ()),
-    ("Why?", ()),
-)
+FOLLOWED_UP: tuple[Turn, ...] = (*ONE_PICTURE, ("Why?", ()))
 PICTURES_LATER: tuple[Turn, ...] = (
-    ("Name a season.", ()),
-    ("Is it on one of both?", (0, 1)),
-    ("Where?", ()),
-    ("And what does this one show, above and below?", (2,)),
+    *dialogues.PICTURES_LATER,
     ("Which of all of them is the oldest?", ()),
 )
-
-
-def history(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Sampling options by which a request chooses its own."""
-    return {"extra_args": {"reroute": {**options, **changes}}}
 
 
 def brought_back(
@@ -102,22 +102,8 @@ def test_a_small_pool_evicts_and_preempts(
     v1: EngineHost, models: Any, oracles: OracleAnswers
 ) -> None:
     """Parts of what turns have kept, brought back or parked are gone, running requests lose theirs."""
-    folder = models["grouped"]
-    schedule = schedule_of(RECALL, folder)
-    block_bytes = 32 * 2 * 2 * 32 * 4
-    v1.engine(**small(models, RECALL, kv_cache_memory_bytes=220 * block_bytes, max_model_len=480))
-    before = v1.call(free_blocks)
-    asks: list[Any] = []
-    for said in (" A cup.", " Two dogs, I think.", " A cup of hot coffee with a silver spoon."):
-        for turns in (FOLLOWED_UP, PICTURES_LATER[1:]):
-            asks += asked(folder, turns, said, max_tokens=40)
-    asks += [replace(LONG_TEXT, max_tokens=64), replace(TEXT_ONLY, max_tokens=64)]
-    for every in (1, 3):
-        seen = v1.call(stepwise, asks, every=every)
-        assert seen["preempted"] >= 2 and any(seen["cached"])
-        for ask, tokens, prompt in zip(asks, seen["tokens"], seen["prompts"], strict=True):
-            assert tokens == oracles.result("grouped", schedule, ask, prompt).token_ids
-        assert seen["free"] == before
+    conversations = (FOLLOWED_UP, PICTURES_LATER[1:])
+    check_in_a_small_pool(v1, models, oracles, RECALL, conversations, num_blocks=220)
 
 
 def test_a_request_chooses_its_history(v1: EngineHost, models: Any, oracles: OracleAnswers) -> None:

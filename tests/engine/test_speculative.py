@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import engine_args
-from tests.engine.dialogues import asked, schedule_of
+from tests.engine.dialogues import asked, history, schedule_of
 from tests.engine.host import EngineHost
 from tests.engine.oracle_answers import OracleAnswers
 from tests.engine.probes import free_blocks, generate, generate_one_by_one, scheduler_of
 from tests.engine.test_progress import CHAT, OPTIONS
-from tests.engine.test_recalled_turns import FOLLOWED_UP, history
+from tests.engine.test_recalled_turns import FOLLOWED_UP
 from vllm_reroute.schedule import RerouteOptions
 
 NGRAM = {
