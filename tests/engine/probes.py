@@ -30,6 +30,7 @@ def _answer(llm: Any, output: Any) -> Answer:
         logprobs=[{token: entry.logprob for token, entry in step.items()} for step in steps],
         selected=_selected(llm, output),
         num_cached=output.num_cached_tokens or 0,
+        num_created=output.num_cache_creation_tokens or 0,
     )
 
 

@@ -122,7 +122,7 @@ SCENES = (
 class Answer:
     """What the engine said. selected: per decision layer, indices into the visual tokens.
 
-    num_cached: prompt tokens read from the prefix cache.
+    num_cached: prompt tokens read from the prefix cache. num_created: those it holds since then.
     """
 
     prompt_token_ids: list[int]
@@ -130,3 +130,4 @@ class Answer:
     logprobs: list[dict[int, float]]
     selected: list[list[int]]
     num_cached: int = 0
+    num_created: int = 0

@@ -24,6 +24,8 @@ def test_text_requests_equal_stock_vllm_exactly(host: EngineHost, models: Any) -
     for one, other in zip(stock, routed, strict=True):
         assert one.token_ids == other.token_ids
         assert one.logprobs == other.logprobs
+        assert one.num_created == other.num_created
+    assert any(one.num_created for one in stock)
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,7 @@ class Engine:
         self.kept = KeptTurns(self.manager, self.live)
         hits = PrefixHits(self.manager, self.live, self.kept)
         self.manager.get_computed_blocks = hits.get_computed_blocks
+        self.manager.estimate_cached_tokens = hits.num_offered
 
     def hit(self, request: Request) -> int:
         """Tokens of the request that are in the prefix cache."""

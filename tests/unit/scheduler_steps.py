@@ -69,7 +69,7 @@ class Steps:
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.capacity = self.pool.get_num_free_blocks()
         self.in_flight = deque()
-        self.progress = {}
+        self.progress, self.created = {}, {}
 
     def add(self, *requests):
         for request in requests:
@@ -101,7 +101,12 @@ class Steps:
         places = {name: i for i, name in enumerate(sampled)}
         runner_output = ModelRunnerOutput([*sampled], places, [*sampled.values()])
         decided_turn.send(runner_output, decided or {})
-        return self.scheduler.update_from_output(output, runner_output)
+        outputs = self.scheduler.update_from_output(output, runner_output)
+        for of_client in outputs.values():
+            for one in of_client.outputs:
+                if one.prefill_stats is not None:
+                    self.created[one.request_id] = one.prefill_stats.num_cache_creation_tokens
+        return outputs
 
     def check(self):
         """What must be true after any step."""

@@ -6,8 +6,8 @@ from vllm.utils.math_utils import cdiv
 from vllm_reroute.kv_cache.spec import StageSpec
 from vllm_reroute.plan import late_pictures
 from vllm_reroute.plan.batch_routing import BatchRouting
+from vllm_reroute.plan.planning import plan_step
 from vllm_reroute.plan.request_routing import RequestRouting
-from vllm_reroute.plan.step_plan import plan_step
 from vllm_reroute.plan.visual_spans import VisualSpans
 
 ANSWER = 7

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from vllm_reroute.plan.batch_routing import BatchRouting
+from vllm_reroute.plan.planning import plan_step
 from vllm_reroute.plan.request_routing import RequestRouting
-from vllm_reroute.plan.step_plan import StepPlan, plan_step
+from vllm_reroute.plan.step_plan import StepPlan
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.schedule import RoutingSchedule
 

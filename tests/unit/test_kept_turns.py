@@ -101,6 +101,25 @@ def test_hits(name, finished):
     assert engine.hit(ask("now", *prompt, **salt)) == hits[-1 if finished else 0]
 
 
+@pytest.mark.parametrize(
+    "prompt,offered",
+    [
+        (FIRST, 102),
+        ((*FIRST, SHORT), 102),
+        ((*FIRST, LONG), 128),
+        ((*FIRST, SHORT, *WHERE), 112),
+        ((*FIRST, SHORT, DOG, *WHERE), 102 + 3 + 40 + 22),
+    ],
+)
+def test_what_is_offered_of_a_live_request(prompt, offered):
+    engine = Engine(KEEPS)
+    request = ask("first", *prompt)
+    engine.turns(request)
+    assert engine.manager.estimate_cached_tokens(request) == offered
+    if offered < request.num_tokens:
+        assert engine.hit(ask("longer", *prompt, *WHERE)) == offered
+
+
 def test_an_end_is_remembered_for_as_many_blocks_as_there_are():
     ends = OfferedEnds(16, most=2)
     one, two, three = (ask(name, Text(name, 40)) for name in ("one", "two", "three"))

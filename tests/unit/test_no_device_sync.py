@@ -24,6 +24,7 @@ from vllm_reroute.plan.step_plan import Places
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.routing.decoder import RoutedDecoder
 from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
+from vllm_reroute.routing.fused import FusedNorm
 from vllm_reroute.routing.held_tokens import HeldTokens
 from vllm_reroute.routing.scorers import ScoringLayer, attention
 from vllm_reroute.routing.scorers.attention import LAST_TOKEN, ScoringRule
@@ -105,7 +106,8 @@ class Decoder:
         routed._names = tuple(f"layers.{n}.attn" for n in range(DEPTH))
         self.runs: list[int] = []
         routed._runs = tuple(self._run for _ in schedule.pieces)
-        routed._norm = (lambda hidden, residual: (hidden + residual, residual),)
+        routed._norm = FusedNorm(lambda hidden, residual: (hidden + residual, residual))
+        routed._is_compiled = False
         routed._scorers = {}
         for decision in schedule.decisions:
             at = decision.scored_at
@@ -165,7 +167,7 @@ class Decoder:
             written=page_places(len(boundary.parked)),
             read=page_places(len(boundary.fetched)),
             positions=torch.from_numpy(boundary.fetched.position),
-            source=torch.from_numpy(boundary.source),
+            source=None if boundary.source is None else torch.from_numpy(boundary.source),
         )
         context = ForwardContext(no_compile_layers={}, attn_metadata=metadata, slot_mapping={})
         with (

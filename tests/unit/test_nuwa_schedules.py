@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from vllm_reroute.plan.batch_routing import BatchRouting
+from vllm_reroute.plan.planning import plan_step
 from vllm_reroute.plan.request_routing import RequestRouting
-from vllm_reroute.plan.step_plan import plan_step
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.report import schedule_lines
 from vllm_reroute.schedule import RerouteOptions, RoutingSchedule

@@ -79,6 +79,37 @@ def test_hits(before, prompt, hit, finished):
     assert engine.hit(ask("now", *prompt)) == hit
 
 
+@pytest.mark.parametrize(
+    "prompt,ran,offered",
+    [
+        ((Text("poem", 100),), 100, 96),
+        ((Text("poem", 100),), 50, 48),
+        (FIRST, 100, 96),
+        (FIRST, 70, 64),
+        # The first block holds a part of the picture: it is offered in the stages before decisions only.
+        ((Text("hi", 8), CAT, WHICH), 68, 64),
+        ((SYSTEM, CAT, Text("q", 16)), 96, 96),
+    ],
+)
+def test_what_is_offered_of_a_live_request(prompt, ran, offered):
+    """The same as the very same prompt finds, but for the last tokens, which it always runs itself."""
+    for caching in (True, False):
+        engine = Engine(caching=caching)
+        request = ask("first", *prompt)
+        engine.prefill(request, ran)
+        assert engine.manager.estimate_cached_tokens(request) == (offered if caching else 0)
+        if caching and offered < request.num_tokens:
+            assert engine.hit(ask("again", *prompt)) == offered
+
+
+def test_what_was_found_counts_as_offered():
+    engine = Engine()
+    engine.prefill(ask("first", *FIRST))
+    again = ask("again", SYSTEM, CAT, WHERE)
+    assert engine.prefill(again, 90)[1] == 80
+    assert engine.manager.estimate_cached_tokens(again) == 80
+
+
 @pytest.mark.parametrize("hit,prompt", [(32, (SYSTEM, DOG, WHICH)), (80, (SYSTEM, CAT, WHERE))])
 def test_a_hit_holds_what_is_needed_to_go_on(hit, prompt):
     """Text in every stage; behind it the stages before the decision, and the parked states."""

@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 
 from vllm_reroute.plan.batch_routing import BatchRouting
+from vllm_reroute.plan.planning import plan_step
 from vllm_reroute.plan.row_pieces import row_pieces
-from vllm_reroute.plan.step_plan import plan_step
 
 from .slow_steps import BLOCK, SCHEDULES, SlowRequest, random_scheduled, random_spans
 

@@ -449,6 +449,7 @@ def test_text_is_scheduled_as_by_stock_vllm(configs, seed, units, caching):
             assert routed.run() == stock.run()
             assert routed.pool.get_num_free_blocks() == DEPTH * stock.pool.get_num_free_blocks()
     assert routed.finish() == stock.finish()
+    assert routed.created == stock.created and any(stock.created.values()) is caching
     assert any(request.num_preemptions for request in requests) is (units == 12)
 
 

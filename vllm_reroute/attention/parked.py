@@ -43,14 +43,15 @@ class ParkedExchange:
 
     rows: [w] int64, of the step, written to `written`. read: earlier tokens. positions: [r] or
     [3, r] int64, rope positions of those read; None where none are. source: [candidates] int64,
-    the row of each candidate among the step's tokens followed by those read.
+    the row of each candidate among the step's tokens followed by those read; None where the
+    candidates are the step's tokens.
     """
 
     rows: torch.Tensor
     written: PagePlaces
     read: PagePlaces
     positions: torch.Tensor | None
-    source: torch.Tensor
+    source: torch.Tensor | None
 
 
 class ParkedStates(Attention):
@@ -148,12 +149,13 @@ class ParkedMetadataBuilder(AttentionMetadataBuilder[ParkedExchange | None]):
         if step.plan is None or step.plan.boundary is None:
             return None
         boundary, table = step.plan.boundary, common_attn_metadata.block_table_tensor
+        source = boundary.source
         return ParkedExchange(
             rows=to_device(boundary.parked_rows, self.device),
             written=self._places(boundary.parked, table),
             read=self._places(boundary.fetched, table),
             positions=step.fetched_positions,
-            source=to_device(boundary.source, self.device),
+            source=None if source is None else to_device(source, self.device),
         )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:

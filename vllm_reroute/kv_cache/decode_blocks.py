@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -98,6 +99,6 @@ class DecodeBlocks:
             limits.append((self._stages[0].num_cached_block.get(request_id, 0) + 1) * size - 1)
         return min(limits)
 
-    def _deferred(self, request: Request) -> list[int]:
+    def _deferred(self, request: Request) -> Sequence[int]:
         routing = self.live.of(request)
-        return [0] * len(self._stages) if routing is None else routing.deferred.tolist()
+        return [0] * len(self._stages) if routing is None else routing.deferred

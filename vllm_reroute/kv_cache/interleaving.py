@@ -21,9 +21,16 @@ def flat(blocks: Iterable[LayerBlocks]) -> list[Any]:
     return [block for layers in blocks for block in layers]
 
 
-def by_tokens(entries: Sequence[Any], num_layers: int) -> list[LayerBlocks]:
-    """The inverse of `flat`."""
-    return [tuple(entries[i : i + num_layers]) for i in range(0, len(entries), num_layers)]
+def by_tokens(groups: Sequence[tuple[list[Any], int]]) -> list[Any]:
+    """Table entries of several groups, each with its number of layers: those of the same tokens next to
+    each other. Entries without a block, null blocks, are left out."""
+    blocks: list[Any] = []
+    for index in range(max(-(-len(entries) // num_layers) for entries, num_layers in groups)):
+        for entries, num_layers in groups:
+            own = entries[index * num_layers : (index + 1) * num_layers]
+            if own and not own[0].is_null:
+                blocks += own
+    return blocks
 
 
 def dealt(tables: np.ndarray, num_layers: int, num_blocks: int) -> np.ndarray:

@@ -75,7 +75,10 @@ class KeptTurns:
         routing, turns = keys.routing, keys.routing.turns
         hit = min(
             most,
-            *(self._reach(m, routing, own) for m, own in zip(self._stages, found, strict=True)),
+            *(
+                self._reach(m, routing, len(own))
+                for m, own in zip(self._stages, found, strict=True)
+            ),
         )
         hit = turns.allowed(hit)
         chosen = self._up_to(hit, keys, found)
@@ -117,6 +120,17 @@ class KeptTurns:
         if routing.turns.allowed(num_tokens) == num_tokens:
             self._offer_part(num_tokens, self._keys_of(request, routing))
 
+    def num_offered(self, request: Request, routing: RequestRouting) -> int:
+        """Leading tokens that every stage has offered of a live request."""
+        num_tokens = min(request.num_computed_tokens, request.num_tokens)
+        of_stages = [
+            self._reach(m, routing, m.num_cached_block.get(request.request_id, 0))
+            for m in self._stages
+        ]
+        # Where a turn ends, all of it is offered, the block it ends in included.
+        ends = [turn.end for turn in routing.turns.turns if turn.end <= num_tokens]
+        return max(routing.turns.allowed(min(of_stages)), *ends, 0)
+
     def forget(self, request: Request) -> None:
         """Its blocks are gone: it has been preempted, or is done."""
         self._next.pop(request.request_id, None)
@@ -135,10 +149,9 @@ class KeptTurns:
             blocks.append(own)
         return blocks
 
-    def _reach(
-        self, manager: StageManager, routing: RequestRouting, blocks: list[LayerBlocks]
-    ) -> int:
-        length = len(blocks) * self.live.block_size
+    def _reach(self, manager: StageManager, routing: RequestRouting, num_blocks: int) -> int:
+        """Tokens whose entries in a stage are in its first blocks."""
+        length = num_blocks * self.live.block_size
         if manager.stage < routing.dense_stages:
             return length
         return routing.turns.reach(manager.stage, length)

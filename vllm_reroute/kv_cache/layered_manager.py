@@ -50,10 +50,6 @@ class LayeredManager(FullAttentionManager):
             shared = self.req_to_blocks[request_id][entry]
             self._apply_cow(request_id, entry, shared, copy)
 
-    def pop_layer_blocks(self, request_id: str) -> list[LayerBlocks]:
-        """Forget the request; its blocks are the caller's to free."""
-        return interleaving.by_tokens(self.pop_blocks_for_free(request_id), self.num_layers)
-
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         """Always 0: cascade attention would need equal slots in every request."""
         return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from vllm.v1.request import Request
 
@@ -14,6 +13,8 @@ from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.schedule import RoutingSchedule
 
 _UNKNOWN: Any = object()
+_ATTRIBUTE = "reroute_routing"
+"""Of a request, so that what is known of it lives exactly as long, and is looked up in no time."""
 
 
 class LiveRouting:
@@ -37,21 +38,21 @@ class LiveRouting:
         self.block_size = block_size
         self.offers_parked = offers_parked
         self.max_step_tokens = max_step_tokens
-        self._routings: WeakKeyDictionary[Request, RequestRouting | None] = WeakKeyDictionary()
 
     def of(self, request: Request) -> RequestRouting | None:
         """None for a request without visual tokens."""
         if not request.mm_features:
             return None
-        routing = self._routings.get(request, _UNKNOWN)
+        routing = getattr(request, _ATTRIBUTE, _UNKNOWN)
         if routing is _UNKNOWN:
-            routing = self._routings[request] = RequestRouting.of(
+            routing = RequestRouting.of(
                 VisualSpans.of(request.mm_features),
                 request.prompt_token_ids,
                 self.schedule,
                 self.block_size,
                 getattr(request.sampling_params, "extra_args", None),
             )
+            setattr(request, _ATTRIBUTE, routing)
         return routing
 
     def stops_of(self, request: Request, turn: Turn) -> set[int]:

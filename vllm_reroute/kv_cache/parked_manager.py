@@ -133,10 +133,9 @@ class ParkedManager(LayeredManager):
             blocks[:kept] = [self._null_block] * len(freed)
         self.block_pool.free_blocks(block for block in reversed(freed) if not block.is_null)
 
-    def pop_layer_blocks(self, request_id: str) -> list[LayerBlocks]:
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._found.pop(request_id, None)
-        of_tokens = super().pop_layer_blocks(request_id)
-        return [tuple(b for b in blocks if not b.is_null) for blocks in of_tokens]
+        return super().pop_blocks_for_free(request_id)
 
     def _num_entries(self, request_id: str) -> int:
         """Blocks of tokens in the request's table."""

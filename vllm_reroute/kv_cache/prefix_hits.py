@@ -32,13 +32,13 @@ class PrefixHits:
         self.live, self.kept = live, kept
         managers = manager.coordinator.single_type_managers
         self._parked = next(m for m in managers if isinstance(m, ParkedManager))
-        self._reusable = [self._parked, *self._before_decisions(managers)]
+        self._stages = [m for m in managers if isinstance(m, StageManager)]
+        self._reusable = [self._parked, *self._before_decisions()]
         self._stock = manager.get_computed_blocks
 
-    def _before_decisions(self, managers: Any) -> list[StageManager]:
+    def _before_decisions(self) -> list[StageManager]:
         dense_stages = int(self.live.schedule.encoder_ratio is None)
-        stages = [m for m in managers if isinstance(m, StageManager)]
-        return [m for m in stages if m.stage < dense_stages]
+        return [m for m in self._stages if m.stage < dense_stages]
 
     def get_computed_blocks(self, request: Request, *limit: int | None) -> tuple[Any, int, int]:
         """As in vLLM: blocks per group, tokens they hold, and 0 (no sparse group lags behind).
@@ -60,6 +60,19 @@ class PrefixHits:
         if hit == routing.text_prefix:
             hit = self._extend(request, routing, blocks)
         return self.manager.create_kv_cache_blocks(tuple(blocks)), hit, 0
+
+    def num_offered(self, request: Request) -> int:
+        """Leading tokens that the prefix cache has of a live request, in place of vLLM's estimate,
+        which looks at every block of every layer."""
+        routing = self.live.of(request)
+        if not self.manager.enable_caching:
+            return 0
+        if routing is not None and routing.keeps_turns:
+            return self.kept.num_offered(request, routing)
+        # Behind the text prefix, a picture's states are offered, and K/V of stages they come from.
+        managers = self._stages if routing is None else self._reusable
+        counts = [m.num_cached_block.get(request.request_id, 0) for m in managers]
+        return min(counts) * self.live.block_size
 
     def _extend(self, request: Request, routing: RequestRouting, blocks: list[list[Any]]) -> int:
         """Add the first turn's cached blocks behind the text prefix; return the tokens of the whole hit."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
@@ -15,6 +14,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_reroute.admission.engine_core import ENGINE_CORE
+from vllm_reroute.kv_cache import interleaving
 from vllm_reroute.kv_cache.decided_turns import DecidedTurns
 from vllm_reroute.kv_cache.decode_blocks import DecodeBlocks
 from vllm_reroute.kv_cache.engine_report import engine_report
@@ -71,6 +71,7 @@ class RoutedSchedulerMixin(_Stock):
         hits = PrefixHits(self.kv_cache_manager, self.live, self.kept_turns)
         hooked: Any = self.kv_cache_manager
         hooked.get_computed_blocks = hits.get_computed_blocks
+        hooked.estimate_cached_tokens = hits.num_offered
         self.decode_blocks = DecodeBlocks(self.kv_cache_manager, self.live)
         hooked.allocate_slots = self.decode_blocks.allocate_slots
         self.counts = RoutingCounts(
@@ -200,10 +201,8 @@ class RoutedSchedulerMixin(_Stock):
         managers: Any = self.kv_cache_manager.coordinator.single_type_managers
         for manager in managers:
             manager.withdraw(request)
-        of_groups = [manager.pop_layer_blocks(request.request_id) for manager in managers]
-        of_tokens = zip_longest(*of_groups, fillvalue=())
-        blocks = [block for groups in of_tokens for layers in groups for block in layers]
-        self.kv_cache_manager.block_pool.free_blocks(reversed(blocks))
+        groups = [(m.pop_blocks_for_free(request.request_id), m.num_layers) for m in managers]
+        self.kv_cache_manager.block_pool.free_blocks(reversed(interleaving.by_tokens(groups)))
 
 
 class RoutedScheduler(RoutedSchedulerMixin, Scheduler):

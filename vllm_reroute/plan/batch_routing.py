@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,14 @@ def rows_alike(table: np.ndarray) -> tuple[int, ...]:
     for row, is_same in enumerate(same.tolist(), 1):
         first.append(first[-1] if is_same else row)
     return tuple(first)
+
+
+class EndingTurn(NamedTuple):
+    """A turn that a step decides. recalled: visual tokens of earlier turns that it ranks."""
+
+    request: int
+    end: int
+    recalled: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,15 @@ class BatchTurns:
         table = np.array(turns, dtype=np.int64).reshape(len(turns), 4 + num_stages).T
         return cls(table[0], table[1], table[2], table[3], table[4:])
 
+    def ending(self, num_computed: np.ndarray, end: np.ndarray) -> list[EndingTurn]:
+        """Those whose end lies in a step from num_computed to end, both [requests]: one of a request."""
+        ends = (num_computed[self.request] < self.end) & (self.end <= end[self.request])
+        (turns,) = ends.nonzero()
+        columns = (column[turns].tolist() for column in (self.request, self.end, self.recalled))
+        ending = [EndingTurn(*values) for values in zip(*columns, strict=True)]
+        assert len({turn.request for turn in ending}) == len(ending), "two turns end in one step"
+        return ending
+
 
 @dataclass(frozen=True)
 class BatchRouting:
@@ -69,7 +87,7 @@ class BatchRouting:
             if routing is not None:
                 num_prompt[i] = routing.num_prompt
                 text_prefix[i] = routing.text_prefix
-                settled[i] = routing.turns.turns[-1].end
+                settled[i] = routing.settled
                 deferred[:, i] = routing.deferred
         return cls(
             tuple(routings),

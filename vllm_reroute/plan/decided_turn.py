@@ -46,14 +46,16 @@ def turns_of(output: ModelRunnerOutput) -> Mapping[str, DecidedTurn]:
     return carried
 
 
-def brought_back(runs: np.ndarray) -> np.ndarray:
-    """bool [visual tokens, stages]: who runs a stage although an earlier one has deferred it.
+def num_brought_back(runs: np.ndarray) -> list[int]:
+    """[stages]: how many tokens run a stage although an earlier one has deferred them.
 
-    runs: bool [visual tokens, stages], who runs.
+    runs: bool [stages, tokens], who runs.
     """
-    deferred_before = np.zeros_like(runs)
-    np.logical_or.accumulate(~runs[:, :-1], axis=1, out=deferred_before[:, 1:])
-    return runs & deferred_before
+    counts, everywhere = [0], runs[0].copy()
+    for own in runs[1:]:
+        counts.append(int(np.count_nonzero(own > everywhere)))
+        everywhere &= own
+    return counts
 
 
 def together(before: np.ndarray, told: np.ndarray) -> np.ndarray:

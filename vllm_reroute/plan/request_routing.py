@@ -94,14 +94,19 @@ class RequestRouting:
         return len(self.prompt)
 
     @cached_property
+    def settled(self) -> int:
+        """Tokens after which all is decided: what is not deferred runs in all stages from there on."""
+        return self.turns.turns[-1].end
+
+    @cached_property
     def kept(self) -> tuple[int, ...]:
         """[stages]: visual tokens that run there, of all turns."""
         return tuple(map(sum, zip(*(turn.kept for turn in self.turns.turns), strict=True)))
 
     @cached_property
-    def deferred(self) -> np.ndarray:
-        """[stages] int64: visual tokens that do NOT run there."""
-        return self.spans.num_visual - np.array(self.kept, dtype=np.int64)
+    def deferred(self) -> tuple[int, ...]:
+        """[stages]: visual tokens that do NOT run there."""
+        return tuple(self.spans.num_visual - kept for kept in self.kept)
 
     @cached_property
     def awaited(self) -> tuple[Turn, ...]:
@@ -139,6 +144,8 @@ class RequestRouting:
         """K/V entries of a stage once `num_computed` tokens have run the step they were given."""
         if stage < self.dense_stages:
             return num_computed
+        if num_computed >= self.settled:
+            return num_computed - self.deferred[stage]
         return self.turns.length(stage, num_computed)
 
 

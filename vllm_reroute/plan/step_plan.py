@@ -19,7 +19,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vllm_reroute.plan.batch_routing import BatchRouting, rows_alike
+from vllm_reroute.plan.batch_routing import rows_alike
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.turns import Turn
 
@@ -42,7 +42,7 @@ class StageLengths:
         np.cumsum(self.query_lens, out=starts[1:])
         return starts
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return int(self.query_start_loc[-1])
 
@@ -131,22 +131,27 @@ class Places:
         return Places(self.request[rows], self.position[rows])
 
 
+_NOTHING = np.zeros(0, dtype=np.int64)
+NOWHERE = Places(_NOTHING, _NOTHING)
+
+
 @dataclass(frozen=True)
 class Boundary:
     """What happens between the stages before the first decision and those after it.
 
     parked: tokens of this step whose states are written to pages, `parked_rows` of the step's.
     fetched: tokens of earlier steps whose states are read back. source: [candidates] int64, the row
-    of each candidate among the step's tokens followed by the fetched ones.
-    shared_text: text whose K/V block gets complete in this step: a decision of the same step may
-    already be reading it. first: [requests] int64, position of a request's first candidate.
+    of each candidate among the step's tokens followed by the fetched ones; None where the candidates
+    are the step's tokens. shared_text: text whose K/V block gets complete in this step, since a
+    decision of the same step may already be reading it; none where all decisions see all of their
+    prompts. first: [requests] int64, position of a request's first candidate.
     text_rows: [requests] int64, leading candidates that are text other requests may share.
     """
 
     parked: Places
     parked_rows: np.ndarray
     fetched: Places
-    source: np.ndarray
+    source: np.ndarray | None
     shared_text: Places
     first: np.ndarray
     text_rows: np.ndarray
@@ -187,178 +192,3 @@ class StepPlan:
         if self.boundary is None:
             return rows_alike(self.seq_lens)
         return rows_alike(np.concatenate((self.seq_lens, self.query_lens), axis=1))
-
-
-def plan_step(
-    num_computed: np.ndarray,
-    num_scheduled: np.ndarray,
-    batch: BatchRouting,
-    *,
-    dense_stages: int,
-    block_size: int,
-    offers_parked: bool,
-) -> StepPlan:
-    """Plan a step from the batch's token counts.
-
-    num_computed, num_scheduled: [requests] int64, tokens run before and scheduled now. dense_stages:
-    stages before the first decision, 1 or 0. offers_parked: whether parked states are offered for
-    reuse, that is, whether prefix caching is on; else only those are written that a later step of
-    the request reads.
-    """
-    num_tokens = int(num_scheduled.sum())
-    end = num_computed + num_scheduled
-    if (num_computed >= batch.settled).all():
-        # All that is ever decided has been: every token runs everywhere.
-        held = (end - batch.deferred).astype(np.int32)
-        query = np.empty_like(held)
-        query[:] = num_scheduled
-        everyone = StageLengths(query[0], end.astype(np.int32))
-        return StepPlan(num_tokens, query, held, everyone, like=batch.like_stage)
-    # Later stages run positions [first, last) of each request.
-    first, deferred_before = batch.later_stages(num_computed)
-    last, deferred = batch.later_stages(end)
-    query = (last - first) - (deferred - deferred_before)
-    held = last - deferred
-    query[:dense_stages], held[:dense_stages] = num_scheduled, end
-    query, held = query.astype(np.int32), held.astype(np.int32)
-    turns = batch.turns
-    ending = (num_computed[turns.request] < turns.end) & (turns.end <= end[turns.request])
-    # Visual tokens of earlier turns that are ranked, too.
-    recalled = np.bincount(
-        turns.request, weights=turns.recalled * ending, minlength=len(first)
-    ).astype(np.int64)
-    candidates = StageLengths((last - first + recalled).astype(np.int32), last.astype(np.int32))
-    if not ending.any() and (first == num_computed).all() and (last == end).all():
-        return StepPlan(num_tokens, query, held, candidates)
-    assert np.bincount(turns.request[ending]).max(initial=0) <= 1, "two turns end in one step"
-    decided = dict(zip(turns.request[ending].tolist(), turns.end[ending].tolist(), strict=True))
-    prefills = tuple(
-        _prefill(i, batch.routings[i], turn_end, int(first[i]), candidates)
-        for i, turn_end in decided.items()
-    )
-    boundary = _plan_boundary(
-        num_computed,
-        num_scheduled,
-        batch,
-        _candidate_places(first, last, prefills),
-        first,
-        last,
-        _parks(prefills, end, last, block_size, offers_parked),
-        block_size,
-    )
-    return StepPlan(num_tokens, query, held, candidates, prefills, boundary)
-
-
-def _prefill(
-    index: int,
-    routing: RequestRouting | None,
-    turn_end: int,
-    first: int,
-    candidates: StageLengths,
-) -> ImagePrefill:
-    assert routing is not None, "only prompts with visual tokens have turns"
-    return ImagePrefill(
-        index=index,
-        start=int(candidates.query_start_loc[index]),
-        num_tokens=int(candidates.query_lens[index]),
-        first=first,
-        routing=routing,
-        turn=next(turn for turn in routing.turns.turns if turn.end == turn_end),
-    )
-
-
-def _parks(
-    prefills: tuple[ImagePrefill, ...],
-    end: np.ndarray,
-    last: np.ndarray,
-    block_size: int,
-    offers_parked: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions [begin, end) of each request that belong in pages after the step, as far as it runs
-    them: those that wait for their question, and what a turn that has been decided leaves there."""
-    begin, stop = last.copy(), end.copy()
-    for prefill in prefills:
-        turn = prefill.turn
-        blocks = prefill.routing.left_in_pages(turn, block_size, offered=offers_parked)
-        if blocks:
-            begin[prefill.index] = turn.begin
-            stop[prefill.index] = min(turn.end, blocks.stop * block_size)
-    return begin, stop
-
-
-def _candidate_places(
-    first: np.ndarray, last: np.ndarray, prefills: tuple[ImagePrefill, ...]
-) -> Places:
-    """Request and prompt position of every candidate.
-
-    first, last: [requests], positions between which later stages run all that is not deferred.
-    """
-    request, place = places_of((last - first).astype(np.int32), last.astype(np.int32))
-    recalling = [p for p in prefills if p.num_recalled]
-    if recalling:
-        starts = np.cumsum(last - first) - (last - first)
-        counts = [p.num_recalled for p in recalling]
-        before = [int(starts[p.index]) + p.turn.begin - p.first for p in recalling]
-        earlier = [p.routing.visual_positions[: p.num_recalled] for p in recalling]
-        at = np.repeat(before, counts)
-        request = np.insert(request, at, np.repeat([p.index for p in recalling], counts))
-        place = np.insert(place, at, np.concatenate(earlier))
-    return Places(request.astype(np.int64), place.astype(np.int64))
-
-
-def _plan_boundary(
-    num_computed: np.ndarray,
-    num_scheduled: np.ndarray,
-    batch: BatchRouting,
-    candidates: Places,
-    first: np.ndarray,
-    last: np.ndarray,
-    parks: tuple[np.ndarray, np.ndarray],
-    block_size: int,
-) -> Boundary:
-    """Rows that move between the step, the parked pages and the first decision."""
-    end = num_computed + num_scheduled
-    starts = np.cumsum(num_scheduled) - num_scheduled
-
-    request, place = candidates.request, candidates.position
-    of_step = place >= num_computed[request]
-    source = starts[request] + place - num_computed[request]
-    source[~of_step] = int(num_scheduled.sum()) + np.arange(int((~of_step).sum()))
-    fetched = Places(request[~of_step], place[~of_step])
-
-    parked_rows, parked = _parked_rows(num_computed, num_scheduled, starts, parks)
-    # Text-only requests have a prompt of 0 tokens here: all they run is text of their own.
-    text_end = np.where(batch.num_prompt == 0, end, batch.text_prefix)
-    text_rows = (np.minimum(last, text_end) - first).clip(min=0)
-    completes = (place // block_size + 1) * block_size <= last[request]
-    shared = (place < text_end[request]) & completes
-    return Boundary(
-        parked=parked,
-        parked_rows=parked_rows,
-        fetched=fetched,
-        source=source,
-        shared_text=Places(request[shared], place[shared]),
-        first=first,
-        text_rows=text_rows,
-    )
-
-
-def _parked_rows(
-    num_computed: np.ndarray,
-    num_scheduled: np.ndarray,
-    starts: np.ndarray,
-    parks: tuple[np.ndarray, np.ndarray],
-) -> tuple[np.ndarray, Places]:
-    """The step's rows that are written to pages, and whose they are.
-
-    starts: [requests], each request's first row. parks: see `_parks`.
-    """
-    begin, end = parks
-    if (begin >= end).all():
-        nothing = np.zeros(0, dtype=np.int64)
-        return nothing, Places(nothing, nothing)
-    request = np.arange(len(num_scheduled)).repeat(num_scheduled)
-    rows = np.arange(len(request))
-    position = rows - starts[request] + num_computed[request]
-    rows = rows[(position >= begin[request]) & (position < end[request])]
-    return rows, Places(request[rows], position[rows])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.sequence import IntermediateTensors
 
@@ -18,6 +18,7 @@ from vllm_reroute.plan.capacity import candidate_capacity
 from vllm_reroute.plan.step_plan import StepPlan
 from vllm_reroute.resolved import device_of, dtype_of
 from vllm_reroute.routing.deferred_buffer import DeferredTokenBuffer
+from vllm_reroute.routing.fused import FusedNorm
 from vllm_reroute.routing.graphs import StageHandover, without_graphs
 from vllm_reroute.routing.held_tokens import HeldTokens
 from vllm_reroute.routing.prompt_rows import prompt_scores
@@ -59,11 +60,12 @@ class RoutedDecoder(nn.Module):
         self.tables = route_attention(attentions, schedule)
         self.held_tokens = self._held_tokens(attentions)
         self._config = vllm_config
+        self._is_compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
         self._hand_over = StageHandover(vllm_config, hidden_size)
         self._decided: HostDecisions | None = None
         # In tuples: these modules belong to the language model and load their weights there.
         self._parked = (parked,)
-        self._norm = (norm,)
+        self._norm = FusedNorm(norm)
         self._names = tuple(attention.layer_name for attention in attentions)
         self._runs = tuple(
             build_stage(layers[piece.first_layer : piece.end_layer], piece, vllm_config)
@@ -145,7 +147,13 @@ class RoutedDecoder(nn.Module):
         for run in others:
             hidden_states, residual = self._hand_over(hidden_states, residual)
             hidden_states, residual = run(positions, hidden_states, residual)
-        return self._norm[0](hidden_states, residual)[0]
+        return self._final(hidden_states, residual)
+
+    def _final(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """After the model's last norm; bit for bit as in stock vLLM where that compiles nothing."""
+        if self._is_compiled:
+            return self._norm.of_sum(hidden_states, residual)
+        return self._norm.norm(hidden_states, residual)[0]
 
     def _run_routed(
         self,
@@ -174,11 +182,13 @@ class RoutedDecoder(nn.Module):
             self._decide(tokens, piece.first_layer, scores, decisions)
             self._run(tokens, run, piece)
         self._decided = decisions.to_host() if plan.prefills else None
-        rows = exchange.source[tokens.running.rows]
-        final = self._norm[0](tokens.hidden, tokens.residual)[0]
+        rows = tokens.running.rows
+        if exchange.source is not None:
+            rows = exchange.source[tokens.running.rows]
+        assert tokens.residual is not None, "the last stage has run"
+        final = self._final(tokens.hidden, tokens.residual)
         if exchange.positions is None:
-            output[rows] = final
-            return output
+            return output.index_copy_(0, rows, final)
         # Rows of earlier steps' tokens all go to one more row, which is dropped.
         whole = torch.cat((output[:num_tokens], output.new_zeros(1, output.shape[1])))
         whole[rows.clamp(max=num_tokens)] = final
@@ -213,7 +223,7 @@ class RoutedDecoder(nn.Module):
             assert exchange.positions is not None, "what is fetched has positions"
             states = torch.cat((states, parked.read(exchange.read)))
             positions = torch.cat((positions, exchange.positions), dim=-1)
-        if num_candidates != plan.num_tokens or len(boundary.fetched):
+        if exchange.source is not None:
             states, positions = states[exchange.source], positions[..., exchange.source]
         candidates = states[:, :hidden_size]
         if self.waiting is not None:
@@ -229,20 +239,12 @@ class RoutedDecoder(nn.Module):
         decisions: StepDecisions,
     ) -> None:
         """Score and choose at a layer's input, where the schedule says so, and note the choice."""
-        decision = next((d for d in self.schedule.decisions if d.layer == layer), None)
-        scored = next((d for d in self.schedule.decisions if d.scored_at == layer), None)
+        decision, scored = self.schedule.chosen_at.get(layer), self.schedule.scored_at.get(layer)
         if (decision is None and scored is None) or not tokens.plan.prefills:
             return
         tokens.merge()
         if scored is not None:
-            stage, scorer = self.schedule.stage_of(scored.layer), self._scorers[layer]
-            prompts = tokens.prompts(stage)
-            if scorer.accumulates or not tokens.keeps_all(stage):
-                found = scorer.score(tokens.candidates.stream, tokens.candidates.positions, prompts)
-                check_scores(found, prompts, scorer)
-                if scorer.accumulates and tokens.scores is not None:
-                    found = tokens.scores + found
-                tokens.scores = found
+            self._score(tokens, self._scorers[layer], self.schedule.stage_of(scored.layer))
         if decision is not None:
             stage = self.schedule.stage_of(layer)
             if decision.scored_at is None:
@@ -251,10 +253,22 @@ class RoutedDecoder(nn.Module):
             choice = tokens.choose(stage, removes=decision.removes)
             decisions.add(choice, removes=decision.removes)
 
+    def _score(self, tokens: TokenState, scorer: Scorer, stage: int) -> None:
+        """Score the candidates for a stage, where there is something to choose."""
+        if tokens.keeps_all(stage) and not scorer.accumulates:
+            return
+        prompts = tokens.prompts(stage)
+        found = scorer.score(tokens.candidates.stream, tokens.candidates.positions, prompts)
+        check_scores(found, prompts, scorer)
+        if scorer.accumulates and tokens.scores is not None:
+            found = tokens.scores + found
+        tokens.scores = found
+
     def _run(self, tokens: TokenState, run: nn.Module, piece: Stage) -> None:
         """Run layers on the tokens chosen, some rows after the others where they are very many."""
         hidden, residual = tokens.hidden, tokens.residual
-        if piece.first_layer and residual is None:
+        if residual is None and piece.first_layer and self._is_compiled:
+            # Compiled once, for a residual.
             hidden, residual = torch.zeros_like(hidden), hidden
         names = self._names[piece.first_layer : piece.end_layer]
         metadata: StageMetadata = of_layers()[names[0]]

@@ -51,6 +51,11 @@ class PromptTable:
         starts = np.array([lengths.query_start_loc[p.index] for p in prefills], dtype=np.int64)
         lens, last = cached + own, starts + own - 1
         count, width, num_cached = len(prefills), int(lens.max()), int(cached.sum())
+        if count == 1 and not num_cached:
+            # Laid out as it is.
+            places = np.arange(width)
+            rows = starts[0] + places
+            return cls(rows, last, rows, places, cached, lens, cached, num_visual)
         rows, first_places = ranges(starts, own), np.arange(count) * width
         own_places = ranges(first_places + cached, own)
         table, keys = last.repeat(width), np.zeros(count * width, dtype=np.int64)
@@ -79,8 +84,8 @@ def shared_text(
     """
     assert plan.boundary is not None
     shared = plan.boundary.shared_text
-    if not any(p.first for p in prefills):
-        return shared.take(np.zeros(0, dtype=np.int64)), np.zeros(0, dtype=np.int64)
+    if not len(shared):
+        return shared, shared.position
     rows = (
         lengths.query_start_loc[shared.request]
         + shared.position

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_reroute.plan.decided_turn import DecidedTurn, brought_back
+from vllm_reroute.plan.decided_turn import DecidedTurn, num_brought_back
 from vllm_reroute.plan.step_plan import ImagePrefill, StepPlan
 from vllm_reroute.routing.token_state import Choice
 from vllm_reroute.schedule.request_options import SCORES
@@ -54,7 +54,7 @@ class StepDecisions:
     def to_host(self) -> HostDecisions:
         """Begin to copy, behind the work that is under way; nothing waits for it."""
         rows = torch.cat(self._rows)
-        counts = [len(own) for own in self._rows]
+        counts = [own.shape[0] for own in self._rows]
         copied = None
         # Copies that do not block go to pinned memory.
         host = [part.to("cpu", non_blocking=True) for part in (rows, *self._scores)]
@@ -87,40 +87,41 @@ class HostDecisions:
         kept = np.zeros((len(self._decisions), self._plan.candidates.num_tokens), dtype=bool)
         for of_decision, rows in zip(kept, self._rows.split(self._counts), strict=True):
             of_decision[rows.numpy()] = True
-        scores = [part.numpy() for part in self._scores]
         return {
-            prefill.index: self._turn(number, prefill, kept, scores)
+            prefill.index: DecidedTurn(
+                end=prefill.turn.end,
+                brought_back=self._num_back(prefill, kept),
+                told=self._told(number, prefill, kept) if prefill.routing.explain else None,
+                ranks_earlier=prefill.turn.recalls,
+            )
             for number, prefill in enumerate(self._plan.prefills)
         }
 
-    def _turn(
-        self, number: int, prefill: ImagePrefill, kept: np.ndarray, scores: list[np.ndarray]
-    ) -> DecidedTurn:
+    def _num_back(self, prefill: ImagePrefill, kept: np.ndarray) -> tuple[int, ...]:
+        """[stages]. kept: bool [decisions, candidates]."""
+        if prefill.turn.recalls:
+            return prefill.turn.kept
+        counts = [0] * len(self._plan.stages)
+        # Text is never deferred, so it never comes back: all rows can be counted.
+        own = kept[:, prefill.start : prefill.start + prefill.num_tokens]
+        for decision, count in zip(self._decisions, num_brought_back(own), strict=True):
+            counts[decision.stage] = count
+        return tuple(counts)
+
+    def _told(self, number: int, prefill: ImagePrefill, kept: np.ndarray) -> np.ndarray:
+        """kept: bool [decisions, candidates]."""
         # What follows the turn in the same step is not decided about.
-        rows = slice(prefill.start, prefill.start + prefill.num_turn_rows)
         visual = prefill.ranked[: prefill.num_turn_rows]
-        kept = kept[:, rows]
-        by_stage = np.ones((len(self._plan.stages), prefill.turn.size), dtype=bool)
-        by_stage[[d.stage for d in self._decisions]] = kept[:, visual]
-        runs = by_stage.T
-        told = None
-        if prefill.routing.explain:
-            told = np.ascontiguousarray(runs)
-        if prefill.routing.explain == SCORES:
-            ranked = np.full(runs.shape, np.nan, dtype=np.float32)
-            ranks = iter(scores)
-            for decision in self._decisions:
-                if decision.scored is not None:
-                    of_rows = next(ranks)[number, decision.scored[number]]
-                    here = np.ones_like(visual) if decision.among is None else kept[decision.among]
-                    ranked[here[visual], decision.stage] = of_rows[visual[here]]
-            told = np.stack((runs.astype(np.float32), ranked), axis=-1)
-        came = (
-            prefill.turn.kept if prefill.turn.recalls else brought_back(runs).sum(axis=0).tolist()
-        )
-        return DecidedTurn(
-            end=prefill.turn.end,
-            brought_back=tuple(came),
-            told=told,
-            ranks_earlier=prefill.turn.recalls,
-        )
+        kept = kept[:, prefill.start : prefill.start + prefill.num_turn_rows]
+        runs = np.ones((prefill.turn.size, len(self._plan.stages)), dtype=bool)
+        runs[:, [d.stage for d in self._decisions]] = kept[:, visual].T
+        if prefill.routing.explain != SCORES:
+            return runs
+        ranked = np.full(runs.shape, np.nan, dtype=np.float32)
+        scores = iter(self._scores)
+        for decision in self._decisions:
+            if decision.scored is not None:
+                of_rows = next(scores)[number, decision.scored[number]].numpy()
+                here = np.ones_like(visual) if decision.among is None else kept[decision.among]
+                ranked[here[visual], decision.stage] = of_rows[visual[here]]
+        return np.stack((runs.astype(np.float32), ranked), axis=-1)

@@ -113,6 +113,7 @@ class TokenState:
         self._in_step: dict[int, Memory] = {}
         self._held = held
         self._layout: int | None = None
+        self._kept: dict[int, tuple[int, ...]] = {}
         # What is cached before a prompt's first turn is text, the same in every stage.
         self._stages_differ = any(prefill.is_later_turn for prefill in plan.prefills)
 
@@ -179,4 +180,6 @@ class TokenState:
 
     def _num_kept(self, stage: int) -> tuple[int, ...]:
         """Visual tokens to keep, per image prompt of the step."""
-        return tuple(prefill.turn.kept[stage] for prefill in self.plan.prefills)
+        if stage not in self._kept:
+            self._kept[stage] = tuple(p.turn.kept[stage] for p in self.plan.prefills)
+        return self._kept[stage]

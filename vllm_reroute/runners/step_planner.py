@@ -13,8 +13,9 @@ from vllm_reroute.attention.step import RoutedStep
 from vllm_reroute.attention.step_tables import RunnerLengths
 from vllm_reroute.kv_cache.spec import StageSpec
 from vllm_reroute.plan.batch_routing import BatchRouting
+from vllm_reroute.plan.planning import plan_step
 from vllm_reroute.plan.request_routing import RequestRouting
-from vllm_reroute.plan.step_plan import Places, plan_step
+from vllm_reroute.plan.step_plan import Places
 from vllm_reroute.plan.visual_spans import VisualSpans
 
 if TYPE_CHECKING:

@@ -138,9 +138,23 @@ class RoutingSchedule:
         """Whether deferred tokens may come back."""
         return self.action == "reroute"
 
+    @cached_property
+    def chosen_at(self) -> Mapping[int, Decision]:
+        """The decision that is taken at a layer's input, by layer."""
+        return {decision.layer: decision for decision in self.decisions}
+
+    @cached_property
+    def scored_at(self) -> Mapping[int, Decision]:
+        """The decision whose scores come from a layer's input, by layer."""
+        return {d.scored_at: d for d in self.decisions if d.scored_at is not None}
+
     def stage_of(self, layer: int) -> int:
         """Index of the stage that decoder layer `layer` belongs to; each is one KV cache group."""
-        return next(i for i, s in enumerate(self.stages) if s.first_layer <= layer < s.end_layer)
+        return self._stage_of_layer[layer]
+
+    @cached_property
+    def _stage_of_layer(self) -> tuple[int, ...]:
+        return tuple(i for i, stage in enumerate(self.stages) for _ in range(stage.num_layers))
 
     @property
     def keeps_turns(self) -> bool:

@@ -55,6 +55,11 @@ SEAMS = (
         ("self", "request", "num_hits"),
     ),
     Seam(
+        "vllm.v1.core.kv_cache_manager",
+        "KVCacheManager.estimate_cached_tokens",
+        ("self", "request"),
+    ),
+    Seam(
         "vllm.v1.metrics.loggers",
         "AggregateStatLoggerBase.record",
         ("self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
@@ -96,11 +101,6 @@ SEAMS = (
     ),
     Seam(
         "vllm.v1.core.single_type_kv_cache_manager", "register_all_kvcache_specs", ("vllm_config",)
-    ),
-    Seam(
-        "vllm.v1.core.block_pool",
-        "BlockPool.cache_full_blocks",
-        ("self", "request", "blocks", "num_cached_blocks", "num_full_blocks", "block_size"),
     ),
     Seam(
         "vllm.v1.core.block_pool",

@@ -16,8 +16,10 @@ import torch
 from benchmarks.gpu.record import Record, run_step
 from benchmarks.gpu.timing import spread_ms
 from vllm_reroute.attention.step_tables import RunnerLengths, StepTables
+from vllm_reroute.plan.batch_routing import BatchRouting
+from vllm_reroute.plan.planning import plan_step
 from vllm_reroute.plan.request_routing import RequestRouting
-from vllm_reroute.plan.step_plan import BatchRouting, StepPlan, plan_step
+from vllm_reroute.plan.step_plan import StepPlan
 from vllm_reroute.plan.visual_spans import VisualSpans
 from vllm_reroute.schedule import RerouteOptions
 

@@ -173,4 +173,27 @@ DEVICE = (
         new="return hidden_states, residual",
         killers=("tests/unit/test_graphs.py",),
     ),
+    Mutant(
+        name="norm-reads-rows-as-if-next-to-each-other",
+        file="vllm_reroute/routing/fused.py",
+        old="        states = states.contiguous()\n        normed",
+        new="        normed",
+        killers=("tests/unit/test_fused.py::test_rows_need_not_be_next_to_each_other",),
+    ),
+    Mutant(
+        name="rotary-embedding-as-the-compiler-wants-it",
+        file="vllm_reroute/routing/fused.py",
+        old="        return rotary.forward_cpu\n",
+        new="        return rotary\n",
+        killers=("tests/unit/test_fused.py::test_a_rotary_embedding_is_one_kernel",),
+    ),
+    Mutant(
+        name="final-norm-rounds-otherwise-than-stock",
+        file="vllm_reroute/routing/decoder.py",
+        old="        if self._is_compiled:\n            return self._norm.of_sum",
+        new="        if True:\n            return self._norm.of_sum",
+        killers=(
+            "tests/engine/test_stock_equality.py::test_text_requests_equal_stock_vllm_exactly",
+        ),
+    ),
 )

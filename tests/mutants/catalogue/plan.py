@@ -89,7 +89,7 @@ PLAN = (
     ),
     Mutant(
         name="a-parked-token-left-out",
-        file="vllm_reroute/plan/step_plan.py",
+        file="vllm_reroute/plan/planning.py",
         old="begin, stop = last.copy(), end.copy()",
         new="begin, stop = last.copy(), end - 1",
         killers=("tests/unit/test_step_plan.py::test_what_waits_in_pages",),

@@ -15,7 +15,7 @@ POOL = (
     ),
     Mutant(
         name="pages-offered-but-not-written",
-        file="vllm_reroute/plan/step_plan.py",
+        file="vllm_reroute/plan/planning.py",
         old="stop[prefill.index] = min(turn.end, blocks.stop * block_size)",
         new="stop[prefill.index] = 0",
         killers=(
@@ -141,8 +141,8 @@ POOL = (
     Mutant(
         name="blocks-freed-from-the-front",
         file="vllm_reroute/kv_cache/scheduler.py",
-        old="free_blocks(reversed(blocks))",
-        new="free_blocks(blocks)",
+        old="free_blocks(reversed(interleaving.by_tokens(groups)))",
+        new="free_blocks(interleaving.by_tokens(groups))",
         killers=("tests/unit/test_scheduler.py::test_text_is_scheduled_as_by_stock_vllm",),
     ),
     Mutant(
@@ -158,5 +158,19 @@ POOL = (
         old="if any(spec != first for spec in specs):",
         new="if not specs:",
         killers=("tests/unit/test_kv_groups.py",),
+    ),
+    Mutant(
+        name="created-cache-tokens-as-stock-counts-them",
+        file="vllm_reroute/kv_cache/scheduler.py",
+        old="        hooked.estimate_cached_tokens = hits.num_offered\n",
+        new="",
+        killers=("tests/unit/test_scheduler.py::test_text_is_scheduled_as_by_stock_vllm",),
+    ),
+    Mutant(
+        name="pictures-never-count-as-offered",
+        file="vllm_reroute/kv_cache/prefix_hits.py",
+        old="managers = self._stages if routing is None else self._reusable",
+        new="managers = self._stages",
+        killers=("tests/unit/test_prefix_hits.py::test_what_is_offered_of_a_live_request",),
     ),
 )

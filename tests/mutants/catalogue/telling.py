@@ -14,17 +14,17 @@ TELLING = (
         killers=(_ANY_STEP,),
     ),
     Mutant(
-        name="told-of-tokens-behind-the-turn",
+        name="told-of-the-token-before",
         file="vllm_reroute/routing/step_decisions.py",
-        old="prefill.start + prefill.num_turn_rows)",
-        new="prefill.start + prefill.num_tokens)",
+        old="        kept = kept[:, prefill.start : prefill.start + prefill.num_turn_rows]\n",
+        new="        kept = np.roll(kept, 1)[:, prefill.start : prefill.start + prefill.num_turn_rows]\n",
         killers=(_ANY_STEP,),
     ),
     Mutant(
         name="brought-back-from-the-last-stage-only",
         file="vllm_reroute/plan/decided_turn.py",
-        old="    np.logical_or.accumulate(~runs[:, :-1], axis=1, out=deferred_before[:, 1:])\n",
-        new="    deferred_before[:, 1:] = ~runs[:, :-1]\n",
+        old="        everywhere &= own\n",
+        new="        everywhere = own\n",
         killers=(_ANY_STEP,),
     ),
     Mutant(

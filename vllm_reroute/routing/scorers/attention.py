@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -13,6 +13,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLine
 
 from vllm_reroute.attention.key_pages import KeyPlaces, read_keys, write_keys
 from vllm_reroute.attention.layer import RoutedAttention
+from vllm_reroute.routing.fused import FusedNorm, Rotary, fused_rotary
 from vllm_reroute.routing.prompt_rows import PromptRows, QueryRows
 from vllm_reroute.routing.scorers.scorer import Scorer, ScoringLayer
 
@@ -39,11 +40,15 @@ def attention_rows(
     width, num_kv_heads = keys.shape[1:3]
     # One batch of matrices per request and K/V head, whose rows are queries.
     grouped = queries.float().transpose(1, 2)
-    ordered = keys.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    if count == 1:
+        # In the order they are in, which matrix products take, too.
+        by_head = keys.float().transpose(1, 2)
+    else:
+        by_head = keys.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     logits = torch.baddbmm(
-        ordered.new_empty(1, 1, 1),
+        by_head.new_empty(1, 1, 1),
         grouped.reshape(count * num_kv_heads, -1, dim),
-        ordered.flatten(0, 1).transpose(1, 2),
+        by_head.flatten(0, 1).transpose(1, 2),
         beta=0,
         alpha=scale,
     ).view(count, num_heads, n, width)
@@ -125,7 +130,7 @@ class DecoderAttention(Protocol):
 
     attn: RoutedAttention
     qkv_proj: QKVParallelLinear
-    rotary_emb: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    rotary_emb: Rotary
     q_size: int
     kv_size: int
     head_dim: int
@@ -146,10 +151,11 @@ class LastTokenScorer(Scorer):
     def __init__(self, at: ScoringLayer) -> None:
         self.rule = at.rule
         self.most_rows = at.most_rows
-        self.norm = at.layer.input_layernorm
+        self.norm = FusedNorm(at.layer.input_layernorm)
         self.attention: DecoderAttention = at.layer.self_attn
+        self.rotary = fused_rotary(self.attention.rotary_emb)
         modules = dict(self.attention.named_children())
-        self._head_norms = {n: modules[n] for n in ("q_norm", "k_norm") if n in modules}
+        self._head_norms = {n: FusedNorm(modules[n]) for n in ("q_norm", "k_norm") if n in modules}
         # Only unquantised weights can be sliced; others use the whole fused projection.
         projection, first = self.attention.qkv_proj, self.attention.q_size
         if type(projection.quant_method) is UnquantizedLinearMethod:
@@ -205,9 +211,9 @@ class LastTokenScorer(Scorer):
         if prompts.are_all_rows and not len(prompts.shared) and len(stream) <= self.most_rows:
             states = self.norm(stream)
             places = prompts.in_layout.once("query positions", lambda: positions[..., queries.rows])
-            return self._keys(states, positions), self._queries(
-                states.index_select(0, queries.rows), places
-            )
+            is_last = prompts.is_layout and self.rule.num_queries == 1
+            last = states[-1:] if is_last else states.index_select(0, queries.rows)
+            return self._keys(states, positions), self._queries(last, places)
         rows, num_keys = queries.behind_keys, len(prompts.key_rows)
         places = prompts.in_layout.once("positions", lambda: positions[..., rows])
         keys, asking = [], []
@@ -228,7 +234,7 @@ class LastTokenScorer(Scorer):
         fused, _ = attention.qkv_proj(states)
         first = attention.q_size
         queries, keys = fused[:, :first], fused[:, first : first + attention.kv_size]
-        queries, _ = attention.rotary_emb(positions, self._head_norm("q_norm", queries), keys)
+        queries, _ = self.rotary(positions, self._head_norm("q_norm", queries), keys)
         return self._by_head(queries)
 
     def _keys(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -243,7 +249,7 @@ class LastTokenScorer(Scorer):
         keys = self._head_norm("k_norm", keys)
         # Rotary embeddings take queries and keys together; whatever is in the other side will do.
         others = keys.new_empty(keys.shape[0], attention.head_dim)
-        _, keys = attention.rotary_emb(positions, others, keys)
+        _, keys = self.rotary(positions, others, keys)
         return self._by_head(keys)
 
     def _head_norm(self, name: str, states: torch.Tensor) -> torch.Tensor:
