@@ -55,7 +55,8 @@ def worst_key(llm: Any) -> float:
             positions = torch.zeros(8, dtype=torch.int64)  # rope turns nothing there
             fused, _ = attention.qkv_proj(scorer.norm(states))
             _, keys, _ = fused.split([attention.q_size, attention.kv_size, attention.kv_size], -1)
-            found = scorer._keys(scorer.norm(states), positions).flatten(1)
+            angles = scorer.rotary.angles(positions, states)
+            found = scorer._keys(scorer.norm(states), angles).flatten(1)
             gaps.append((found - keys).abs().max().item())
             assert keys.abs().max() > 0
     return max(gaps)

@@ -13,7 +13,7 @@ from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from vllm_reroute.routing.fused import FusedNorm, fused_rotary
+from vllm_reroute.routing.fused import FusedNorm, FusedRotary
 
 SIZE = 64
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -108,24 +108,56 @@ def test_other_norms_stay_what_they_are(custom_ops):
     torch.testing.assert_close(FusedNorm(of_half)(states), of_half(states))
 
 
+MROPE = {"mrope_section": [6, 5, 5]}
+ROTARY = {
+    "plain": {},
+    "three sections": MROPE,
+    "three, interleaved": {**MROPE, "mrope_interleaved": True},
+}
+
+
 @pytest.mark.parametrize("dtype", CLOSE)
-def test_a_rotary_embedding_is_one_kernel(custom_ops, dtype):
-    parameters = {"rope_type": "default", "rope_theta": 10000.0}
+@pytest.mark.parametrize("kind", ROTARY)
+def test_a_rotary_embedding_is_one_kernel(custom_ops, kind, dtype):
     # vLLM gives out the same one for the same arguments, whatever it was made for.
     most = {"all": 512, "none": 256}[custom_ops]
+    parameters = {"rope_type": "default", "rope_theta": 10000.0, **ROTARY[kind]}
     rotary = get_rope(32, max_position=most, rope_parameters=parameters, dtype=dtype)
-    positions, (queries, keys) = torch.arange(3, 10), torch.randn(2, 7, SIZE).to(dtype)
+    torch.manual_seed(0)
+    positions = torch.arange(3, 10) if kind == "plain" else torch.randint(200, (3, 7))
+    # As many heads as there are, next to each other or not.
+    queries, keys = torch.randn(7, 192).to(dtype)[:, :128], torch.randn(7, 64).to(dtype)
     expect = rotary(positions, queries.clone(), keys.clone())
+    fused = FusedRotary(rotary)
+    angles = fused.angles(positions, keys)
     with Kernels() as kernels:
-        found = fused_rotary(rotary)(positions, queries.clone(), keys.clone())
+        found = fused(angles, queries, keys.clone())
     kernels.seen.pop("aten::clone")
     assert dict(kernels.seen) == {"_C::rotary_embedding": 1}
     for one, other in zip(found, expect, strict=True):
         torch.testing.assert_close(one, other, rtol=CLOSE[dtype], atol=CLOSE[dtype])
+    some = torch.tensor([5, 0, 6])
+    _, part = fused(angles.at(some), queries[some], keys[some])
+    torch.testing.assert_close(part, expect[1][some], rtol=CLOSE[dtype], atol=CLOSE[dtype])
+    _, part = fused(angles.at(slice(2, 5)), queries[2:5].clone(), keys[2:5].clone())
+    torch.testing.assert_close(part, expect[1][2:5], rtol=CLOSE[dtype], atol=CLOSE[dtype])
+
+
+def test_text_of_a_model_with_sections_has_plain_positions(custom_ops):
+    parameters = {"rope_type": "default", "rope_theta": 10000.0, **MROPE}
+    rotary = get_rope(32, max_position=128, rope_parameters=parameters, dtype=torch.float32)
+    positions, (queries, keys) = torch.arange(7), torch.randn(2, 7, SIZE)
+    expect = rotary(positions, queries.clone(), keys.clone())
+    fused = FusedRotary(rotary)
+    found = fused(fused.angles(positions, keys), queries, keys)
+    for one, other in zip(found, expect, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_other_rotary_embeddings_stay_what_they_are():
     def rotary(positions, queries, keys):
-        return queries + 1, keys + 1
+        return queries + positions[0], keys + positions[-1]
 
-    assert fused_rotary(rotary) is rotary
+    fused, positions = FusedRotary(rotary), torch.arange(6).view(3, 2)
+    queries, keys = fused(fused.angles(positions, torch.zeros(2)).at(slice(1, 2)), 0, 0)
+    assert queries.tolist() == [1] and keys.tolist() == [5]

@@ -159,7 +159,8 @@ class Scored:
             return self.scorer.score(stream, positions, self.prompts)
 
     def _write(self, request, states, positions):
-        keys = self.scorer._keys(self.scorer.norm(states), positions)
+        angles = self.scorer.rotary.angles(positions, states)
+        keys = self.scorer._keys(self.scorer.norm(states), angles)
         place = self.attention.place
         table = self.run.tables[place.stage][request, place.index :: place.num_layers].long()
         size = self.model.block_size

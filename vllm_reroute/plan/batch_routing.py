@@ -115,6 +115,8 @@ class BatchRouting:
         run = num_tokens[turns.request]
         inside, over = (turns.begin < run) & (run < turns.end), turns.end <= run
         reached, deferred = num_tokens.copy(), np.zeros_like(self.deferred)
-        reached[turns.request[inside]] = turns.begin[inside]
-        np.add.at(deferred.T, turns.request[over], turns.deferred[:, over].T)
+        if inside.any():
+            reached[turns.request[inside]] = turns.begin[inside]
+        if over.any():
+            np.add.at(deferred.T, turns.request[over], turns.deferred[:, over].T)
         return reached, deferred

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,16 +26,20 @@ if TYPE_CHECKING:
     from vllm_reroute.routing.held_tokens import HeldTokens
 
 
+T = TypeVar("T")
+
+
 class Memory:
-    """Tensors by name, each made when it is first asked for."""
+    """Things by name, each made when it is first asked for."""
 
     def __init__(self) -> None:
-        self._made: dict[str, torch.Tensor] = {}
+        self._made: dict[Hashable, Any] = {}
 
-    def once(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
         if name not in self._made:
             self._made[name] = make()
-        return self._made[name]
+        made: T = self._made[name]
+        return made
 
 
 @dataclass(frozen=True)
@@ -237,7 +241,8 @@ def prompt_scores(of_tokens: torch.Tensor, prompts: PromptRows) -> torch.Tensor:
 
 def text_mask(plan: StepPlan, device: torch.device) -> torch.Tensor:
     """bool [candidates]: all but the visual tokens decided about in this step."""
-    mask = np.ones(plan.candidates.num_tokens, dtype=bool)
+    mask = np.full(plan.candidates.num_tokens, True)
     for prefill in plan.prefills:
-        mask[prefill.start : prefill.start + prefill.num_tokens] = ~prefill.ranked
+        own = mask[prefill.start : prefill.start + prefill.num_tokens]
+        np.logical_not(prefill.ranked, out=own)
     return to_device(mask, device)

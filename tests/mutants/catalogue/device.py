@@ -183,8 +183,15 @@ DEVICE = (
     Mutant(
         name="rotary-embedding-as-the-compiler-wants-it",
         file="vllm_reroute/routing/fused.py",
-        old="        return rotary.forward_cpu\n",
-        new="        return rotary\n",
+        old="                self._kernel = rotary.forward_cpu\n",
+        new="                self._kernel = rotary\n",
+        killers=("tests/unit/test_fused.py::test_a_rotary_embedding_is_one_kernel",),
+    ),
+    Mutant(
+        name="angles-of-the-first-dimension-only",
+        file="vllm_reroute/routing/fused.py",
+        old="torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)",
+        new="torch.cat([part[0] for part in parts], dim=-1)",
         killers=("tests/unit/test_fused.py::test_a_rotary_embedding_is_one_kernel",),
     ),
     Mutant(

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLine
 
 from vllm_reroute.attention.key_pages import KeyPlaces, read_keys, write_keys
 from vllm_reroute.attention.layer import RoutedAttention
-from vllm_reroute.routing.fused import FusedNorm, Rotary, fused_rotary
+from vllm_reroute.routing.fused import Angles, FusedNorm, FusedRotary
 from vllm_reroute.routing.prompt_rows import PromptRows, QueryRows
 from vllm_reroute.routing.scorers.scorer import Scorer, ScoringLayer
 
@@ -130,7 +130,7 @@ class DecoderAttention(Protocol):
 
     attn: RoutedAttention
     qkv_proj: QKVParallelLinear
-    rotary_emb: Rotary
+    rotary_emb: Any
     q_size: int
     kv_size: int
     head_dim: int
@@ -153,7 +153,9 @@ class LastTokenScorer(Scorer):
         self.most_rows = at.most_rows
         self.norm = FusedNorm(at.layer.input_layernorm)
         self.attention: DecoderAttention = at.layer.self_attn
-        self.rotary = fused_rotary(self.attention.rotary_emb)
+        self.rotary = FusedRotary(self.attention.rotary_emb)
+        # vLLM's layers share their rotary embedding, so decisions share what is known of it.
+        self._angles = "angles", id(self.attention.rotary_emb)
         modules = dict(self.attention.named_children())
         self._head_norms = {n: FusedNorm(modules[n]) for n in ("q_norm", "k_norm") if n in modules}
         # Only unquantised weights can be sliced; others use the whole fused projection.
@@ -208,36 +210,37 @@ class LastTokenScorer(Scorer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys [s + P, kv_heads, dim] of shared text and of the prompts' rows, and queries [requests *
         n, heads, dim] of those that score; in parts where rows are very many."""
+        once = prompts.in_layout.once
         if prompts.are_all_rows and not len(prompts.shared) and len(stream) <= self.most_rows:
             states = self.norm(stream)
-            places = prompts.in_layout.once("query positions", lambda: positions[..., queries.rows])
+            angles = once(self._angles, lambda: self.rotary.angles(positions, stream))
+            of_queries = once((self._angles, "queries"), lambda: angles.at(queries.rows))
             is_last = prompts.is_layout and self.rule.num_queries == 1
             last = states[-1:] if is_last else states.index_select(0, queries.rows)
-            return self._keys(states, positions), self._queries(last, places)
+            return self._keys(states, angles), self._queries(last, of_queries)
         rows, num_keys = queries.behind_keys, len(prompts.key_rows)
-        places = prompts.in_layout.once("positions", lambda: positions[..., rows])
+        angles = once(self._angles, lambda: self.rotary.angles(positions[..., rows], stream))
         keys, asking = [], []
-        for part, own in zip(
-            rows.split(self.most_rows), places.split(self.most_rows, dim=-1), strict=True
-        ):
-            states, of_keys = self.norm(stream.index_select(0, part)), min(num_keys, len(part))
+        for start in range(0, len(rows), self.most_rows):
+            states = self.norm(stream.index_select(0, rows[start : start + self.most_rows]))
+            own = angles.at(slice(start, start + len(states)))
+            of_keys = min(max(num_keys - start, 0), len(states))
             if of_keys:
-                keys.append(self._keys(states[:of_keys], own[..., :of_keys]))
-            if of_keys < len(part):
-                asking.append(self._queries(states[of_keys:], own[..., of_keys:]))
-            num_keys -= of_keys
+                keys.append(self._keys(states[:of_keys], own.at(slice(of_keys))))
+            if of_keys < len(states):
+                asking.append(self._queries(states[of_keys:], own.at(slice(of_keys, None))))
         return _joined(keys), _joined(asking)
 
-    def _queries(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _queries(self, states: torch.Tensor, angles: Angles) -> torch.Tensor:
         """states: after the norm, as for `_keys`."""
         attention = self.attention
         fused, _ = attention.qkv_proj(states)
         first = attention.q_size
         queries, keys = fused[:, :first], fused[:, first : first + attention.kv_size]
-        queries, _ = self.rotary(positions, self._head_norm("q_norm", queries), keys)
+        queries, _ = self.rotary(angles, self._head_norm("q_norm", queries), keys)
         return self._by_head(queries)
 
-    def _keys(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _keys(self, states: torch.Tensor, angles: Angles) -> torch.Tensor:
         attention = self.attention
         projection = attention.qkv_proj
         if isinstance(projection.quant_method, KeepsKeyRows):
@@ -249,7 +252,7 @@ class LastTokenScorer(Scorer):
         keys = self._head_norm("k_norm", keys)
         # Rotary embeddings take queries and keys together; whatever is in the other side will do.
         others = keys.new_empty(keys.shape[0], attention.head_dim)
-        _, keys = self.rotary(positions, others, keys)
+        _, keys = self.rotary(angles, others, keys)
         return self._by_head(keys)
 
     def _head_norm(self, name: str, states: torch.Tensor) -> torch.Tensor:
