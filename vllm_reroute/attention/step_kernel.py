@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
-from vllm_reroute.attention.step_tables import write_lengths
+from vllm_reroute.attention.host_fill import write_lengths
 from vllm_reroute.plan.step_plan import StepPlan
 from vllm_reroute.to_device import to_device
 

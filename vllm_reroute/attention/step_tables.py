@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,9 +11,9 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
-from vllm_reroute.kv_cache import interleaving
+from vllm_reroute.attention.host_fill import HostFill
 from vllm_reroute.plan.capacity import RUNNER_COPIES, table_bytes
-from vllm_reroute.plan.step_plan import Places, StageLengths, StepPlan, places_of
+from vllm_reroute.plan.step_plan import Places, StageLengths, StepPlan
 from vllm_reroute.resolved import device_of
 from vllm_reroute.to_device import to_device
 
@@ -52,30 +51,6 @@ class RunnerLengths:
 
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor
-
-
-@dataclass(frozen=True)
-class HostTables:
-    """The tables as arrays over the same memory, where the host can reach it."""
-
-    block_tables: np.ndarray
-    slot_mappings: np.ndarray
-    seq_lens: np.ndarray
-    query_start_loc: np.ndarray
-
-
-def write_lengths(plan: StepPlan, seq_lens: np.ndarray, starts: np.ndarray) -> None:
-    """All stages' lengths [stages, reqs] and query starts [stages, reqs + 1].
-
-    Rows beyond the plan's requests are padding: length 0, starting where the last one ends.
-    """
-    planned = plan.num_reqs
-    seq_lens[:, :planned], seq_lens[:, planned:] = plan.seq_lens, 0
-    # Without a boundary, all stages run the same tokens.
-    query_lens = plan.query_lens if plan.boundary is not None else plan.query_lens[:1]
-    starts[:, 0] = 0
-    starts[:, 1 : planned + 1] = query_lens.cumsum(axis=1, dtype=np.int32)
-    starts[:, planned + 1 :] = starts[:, planned : planned + 1]
 
 
 class StepTables:
@@ -161,24 +136,10 @@ class StepTables:
             (layers, max_tokens), PAD_SLOT_ID, dtype=torch.int64, device=device
         )
         self.seq_lens, self.query_start_loc = zeros(stages, max_reqs), zeros(stages, max_reqs + 1)
-        self._stage_of_layer = np.arange(stages).repeat(self.num_layers)
-        self._rows = np.arange(layers)[:, None]
-        self._host: HostTables | None = None
-        if device.type == "cpu":
-            self._host = HostTables(
-                *(
-                    tensor.numpy()
-                    for tensor in (
-                        self.block_tables,
-                        self.slot_mappings,
-                        self.seq_lens,
-                        self.query_start_loc,
-                    )
-                )
-            )
         self._latest: list[tuple[tuple[int, int], StageViews] | None] = [None] * stages
         self._views_of: dict[tuple[str, int], tuple[torch.Tensor, ...]] = {}
         self.kernel: KernelFill | None = None
+        self._host = HostFill(self) if device.type == "cpu" else None
         if device.type == "cuda":
             from vllm_reroute.attention.step_kernel import KernelFill
 
@@ -207,16 +168,12 @@ class StepTables:
                 plan, interleaved, num_reqs=num_reqs, num_tokens=num_tokens, lengths=lengths
             )
             return
-        host = self._host
-        assert host is not None, "the host writes where it can reach"
-        write_lengths(plan, host.seq_lens[:, :num_reqs], host.query_start_loc[:, : num_reqs + 1])
-        if interleaved is not None:
-            self._deal_blocks(host, interleaved, num_reqs, int(plan.seq_lens.max(initial=0)))
-        self._fill_slots(host, plan, num_tokens)
+        assert self._host is not None, "the host writes where it can reach"
+        self._host(plan, interleaved, num_reqs=num_reqs, num_tokens=num_tokens)
 
     def of_stage(self, stage: int) -> torch.Tensor:
         """Block tables [layers, max_reqs, max_blocks] of a stage's layers."""
-        return self.block_tables[self._layers(stage)]
+        return self.block_tables[self.layers_of(stage)]
 
     def fill_dummy(self, stage: int, common: CommonAttentionMetadata) -> StageViews:
         """A dummy run attends to whatever is there, and writes nowhere."""
@@ -231,7 +188,7 @@ class StepTables:
         """Views of that size; most steps have the size of the one before."""
         latest = self._latest[stage]
         if latest is None or latest[0] != (num_reqs, num_tokens):
-            layers = self._layers(stage)
+            layers = self.layers_of(stage)
             views = StageViews(
                 self._cut("seq_lens", num_reqs)[stage],
                 self._cut("query_start_loc", num_reqs + 1)[stage],
@@ -257,13 +214,13 @@ class StepTables:
         return StageViews(
             to_device(lengths.seq_lens, self.device),
             to_device(lengths.query_start_loc, self.device),
-            self.block_tables[self._layers(stage), :num_reqs].unbind(),
+            self.block_tables[self.layers_of(stage), :num_reqs].unbind(),
             slots.unbind(),
         )
 
     def slots_in_step(self, stage: int, num_tokens: int) -> torch.Tensor:
         """Slots [num_tokens] int64 that the stage's first layer writes, in a step of no more than `max_tokens`."""
-        return self.slot_mappings[self._layers(stage).start, :num_tokens]
+        return self.slot_mappings[self.layers_of(stage).start, :num_tokens]
 
     def slots_of(self, stage: int, places: Places, layer: int | None = None) -> torch.Tensor:
         """Slots [layers, n] int64 of tokens by their place in the stage's K/V, see `blocks_at`."""
@@ -283,72 +240,12 @@ class StepTables:
 
         layer: index of the only layer asked for; None for all of the stage.
         """
-        layers = self._layers(stage)
+        layers = self.layers_of(stage)
         if layer is not None:
             layers = slice(layers.start + layer, layers.start + layer + 1)
         return self.block_tables[layers].flatten(1).index_select(1, entries[0])
 
-    def _layers(self, stage: int, after: int | None = None) -> slice:
-        """Of a stage; of those from it on up to stage `after`."""
+    def layers_of(self, stage: int, after: int | None = None) -> slice:
+        """A stage's layers among all; those of the stages from it on up to stage `after`."""
         end = stage + 1 if after is None else after
         return slice(sum(self.num_layers[:stage]), sum(self.num_layers[:end]))
-
-    def _deal_blocks(
-        self,
-        host: HostTables,
-        interleaved: Sequence[torch.Tensor],
-        num_reqs: int,
-        max_seq_len: int,
-    ) -> None:
-        """Deal the stages' block ids out to all layers, as far as this step reaches."""
-        blocks = min(-(-max_seq_len // self.block_size), self.max_blocks)
-        dealt = host.block_tables[:, :num_reqs, :blocks]
-        for stage, table in enumerate(interleaved):
-            dealt[self._layers(stage)] = interleaving.dealt(
-                table[:num_reqs].numpy(), self.num_layers[stage], blocks
-            )
-
-    def _fill_slots(self, host: HostTables, plan: StepPlan, num_tokens: int) -> None:
-        """Where each layer writes the K/V of each token. num_tokens: with padding."""
-        slots = host.slot_mappings
-        if plan.boundary is None:
-            # All stages run the same tokens, at places of their own.
-            request, position = places_of(plan.query_lens[0], plan.seq_lens)
-            self._put_slots(host, slice(None), request, position, self._stage_of_layer)
-            slots[:, plan.num_tokens : num_tokens] = PAD_SLOT_ID
-            return
-        # A stage of more rows runs in pieces, which bring slots of their own.
-        whole = [s.num_tokens if s.num_tokens <= self.max_tokens else 0 for s in plan.stages]
-        end = max(num_tokens, *whole)
-        for stage, after in pairwise((*sorted(set(plan.like_stage)), len(whole))):
-            layers, count = self._layers(stage, after), whole[stage]
-            if count:
-                request, position = plan.stages[stage].request_and_position
-                self._put_slots(host, layers, request, position)
-            slots[layers, count:end] = PAD_SLOT_ID
-
-    def _put_slots(
-        self,
-        host: HostTables,
-        layers: slice,
-        request: np.ndarray,
-        position: np.ndarray,
-        stage_of_layer: np.ndarray | None = None,
-    ) -> None:
-        """Write these layers' slots of tokens, by their place in the layers' K/V.
-
-        position: [tokens], or [stages, tokens] where layers are those of several stages.
-        """
-        entry = position // self.block_size
-        # Of one type with the slots: numpy is slow where it has to convert on its way.
-        offset = (position - entry * self.block_size).astype(np.int64)
-        own = host.slot_mappings[layers, : len(request)]
-        if stage_of_layer is not None:
-            entry, offset = entry.take(stage_of_layer, axis=0), offset.take(stage_of_layer, axis=0)
-            own[:] = host.block_tables[self._rows[layers], request, entry]
-        else:
-            tables = host.block_tables[layers]
-            entries = request * np.int64(tables.shape[2]) + entry
-            own[:] = tables.reshape(len(tables), -1).take(entries, axis=1)
-        own *= self.block_size
-        own += offset

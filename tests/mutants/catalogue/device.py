@@ -117,7 +117,7 @@ DEVICE = (
     ),
     Mutant(
         name="slots-of-another-stage",
-        file="vllm_reroute/attention/step_tables.py",
+        file="vllm_reroute/attention/host_fill.py",
         old="entry.take(stage_of_layer, axis=0)",
         new="entry.take(stage_of_layer * 0, axis=0)",
         killers=("tests/unit/test_step_tables.py::test_a_step",),
@@ -133,7 +133,7 @@ DEVICE = (
     ),
     Mutant(
         name="padding-without-starts",
-        file="vllm_reroute/attention/step_tables.py",
+        file="vllm_reroute/attention/host_fill.py",
         old="    starts[:, planned + 1 :] = starts[:, planned : planned + 1]\n",
         new="",
         killers=("tests/unit/test_step_tables.py::test_a_step",),
