@@ -181,6 +181,15 @@ def test_host_has_bounds_of_its_own():
     assert not met[f"decode step, {many}"] and not met[f"text decode step, {many}"]
 
 
+def test_compiled_engines_have_a_table_of_their_own():
+    waves = {"groups-1": machinery_wave(), host.COMPILED: machinery_wave(1.5, 0.2)}
+    found = host.summarise(waves)
+    assert all(verdicts(found).values()), "the bounds are for the others"
+    told = "\n".join(host.markdown(found))
+    assert told.count(f"| {MANY} |") == 2 and "1.500 (1.500 to 1.500)" in told
+    assert found["compiled"][0]["engine"] == STOCK
+
+
 def reuse_wave(routed_s):
     """Two prompts of 100 tokens, 64 of them visual; 32 of each in stock's cache, 30 in the other's."""
     cached = {"each_s": [1, 1], "cached": 64, "cached_text": 0, "prompt_tokens": 200}

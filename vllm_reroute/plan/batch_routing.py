@@ -81,22 +81,14 @@ class BatchRouting:
 
     @classmethod
     def of(cls, routings: Sequence[RequestRouting | None], num_stages: int) -> BatchRouting:
-        num_prompt, text_prefix, settled = np.zeros((3, len(routings)), dtype=np.int64)
-        deferred = np.zeros((num_stages, len(routings)), dtype=np.int64)
-        for i, routing in enumerate(routings):
-            if routing is not None:
-                num_prompt[i] = routing.num_prompt
-                text_prefix[i] = routing.text_prefix
-                settled[i] = routing.settled
-                deferred[:, i] = routing.deferred
-        return cls(
-            tuple(routings),
-            num_prompt,
-            text_prefix,
-            settled,
-            deferred,
-            BatchTurns.of(routings, num_stages),
-        )
+        nothing = (0,) * (3 + num_stages)
+        facts = [
+            (r.num_prompt, r.text_prefix, r.settled, *r.deferred) if r is not None else nothing
+            for r in routings
+        ]
+        table = np.array(facts, dtype=np.int64).reshape(len(facts), 3 + num_stages).T.copy()
+        turns = BatchTurns.of(routings, num_stages)
+        return cls(tuple(routings), table[0], table[1], table[2], table[3:], turns)
 
     @cached_property
     def like_stage(self) -> tuple[int, ...]:

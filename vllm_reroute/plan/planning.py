@@ -170,7 +170,7 @@ def _plan_boundary(
         source=None if are_the_steps else source,
         shared_text=shared_text,
         first=first,
-        text_rows=(np.minimum(last, text_end) - first).clip(min=0),
+        text_rows=np.maximum(np.minimum(last, text_end) - first, 0),
     )
 
 

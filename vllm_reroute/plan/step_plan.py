@@ -181,8 +181,12 @@ class StepPlan:
 
     @cached_property
     def stages(self) -> tuple[StageLengths, ...]:
-        """Lengths per stage of the schedule."""
-        return tuple(map(StageLengths, self.query_lens, self.seq_lens))
+        """Lengths per stage of the schedule; the very same object where they are the same."""
+        stages: list[StageLengths] = []
+        for stage, first in enumerate(self.like_stage):
+            same = stages[first] if first < stage else None
+            stages.append(same or StageLengths(self.query_lens[stage], self.seq_lens[stage]))
+        return tuple(stages)
 
     @cached_property
     def like_stage(self) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ def waves_of(
     """Those engines beside stock, in as few waves as fit."""
     found: dict[str, Callable[[], dict]] = {}
     for number, wave in enumerate(chunked([EngineSpec(name=STOCK)], specs, settings.at_once)):
-        found[f"groups-{number + 1}"] = partial(_measure, settings, model, wave, progress)
+        found[f"groups-{number + 1}"] = partial(measure, settings, model, wave, progress)
     return found
 
 
@@ -75,7 +75,7 @@ def keep_nearly_all(groups: int, depth: int, num_visual: int) -> dict:
     return {"layers": layers, "keep": keep}
 
 
-def _measure(
+def measure(
     settings: Settings, model: BenchModel, specs: list[EngineSpec], progress: Progress
 ) -> dict:
     """An image request and a batch of text requests, by every engine in turn."""
