@@ -25,7 +25,7 @@ from vllm_reroute.routing.prompt_rows import prompt_scores
 from vllm_reroute.routing.scorers import Scorer, ScoringLayer
 from vllm_reroute.routing.scorers.attention import LAST_TOKEN, ScoringRule
 from vllm_reroute.routing.scorers.scorer import check_scores
-from vllm_reroute.routing.stage import build_stage
+from vllm_reroute.routing.stage import RunsStage, build_stage
 from vllm_reroute.routing.step_decisions import HostDecisions, StepDecisions
 from vllm_reroute.routing.token_state import TokenState
 from vllm_reroute.schedule import RoutingSchedule, Stage
@@ -264,7 +264,7 @@ class RoutedDecoder(nn.Module):
             found = tokens.scores + found
         tokens.scores = found
 
-    def _run(self, tokens: TokenState, run: nn.Module, piece: Stage) -> None:
+    def _run(self, tokens: TokenState, run: RunsStage, piece: Stage) -> None:
         """Run layers on the tokens chosen, some rows after the others where they are very many."""
         hidden, residual = tokens.hidden, tokens.residual
         if residual is None and piece.first_layer and self._is_compiled:

@@ -40,7 +40,7 @@ class StageHandover:
     def __init__(self, vllm_config: VllmConfig, hidden_size: int) -> None:
         mode = vllm_config.compilation_config.cudagraph_mode
         rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        graphs = mode is not None and mode.has_piecewise_cudagraphs()
+        self._graphs = graphs = mode is not None and mode.has_piecewise_cudagraphs()
         self._stays = torch.empty(
             2,
             rows if graphs else 0,
@@ -53,7 +53,10 @@ class StageHandover:
         self, hidden_states: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same values, where they stay; untouched outside piecewise graphs."""
-        if get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
+        if (
+            not self._graphs
+            or get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE
+        ):
             return hidden_states, residual
         hidden, rest = self._stays[:, : len(hidden_states)]
         return hidden.copy_(hidden_states), rest.copy_(residual)
