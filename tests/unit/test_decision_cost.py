@@ -3,60 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.visual_spans import VisualSpans
 
+from .operations import Operations
 from .routed_model import Conversation, Conversations
 
 REROUTE = {"layers": [1, 3, 6], "keep": [0.5, 0.1, 0.8]}
 REMOVE = {"layers": [2, 5], "keep": [0.4, 0.2], "action": "remove"}
 SPANS, NUM_PROMPT = VisualSpans((70,), (130,)), 150
 SMALLER = VisualSpans((70,), (110,))
-
-
-class Operations(TorchDispatchMode):
-    """Counts what a GPU would be asked to do.
-
-    Views and fresh memory are free; a host array on its way to the device is one operation, and so
-    is each of the model's own modules, which vLLM fuses on GPUs.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-        self.inside = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        aliases = [r.alias_info is not None for r in func._schema.returns]
-        writes = any(
-            a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments
-        )
-        is_view = bool(aliases) and all(aliases) and not writes
-        if (
-            not self.inside
-            and not is_view
-            and not any(free in func._schema.name for free in ("empty", "view"))
-        ):
-            self.seen[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-    def as_one(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            self.seen[name] += 1
-            self.inside = True
-            try:
-                return function(*args)
-            finally:
-                self.inside = False
-
-        return call
 
 
 @pytest.fixture(scope="module", params=[REROUTE, REMOVE], ids=["reroute", "remove"])
@@ -90,15 +51,6 @@ def decisions(
     def counting_decide(decoder: Any, *args: Any) -> None:
         with Operations() as counting, pytest.MonkeyPatch.context() as patched:
             patched.setattr(torch, "from_numpy", counting.as_one("copy", torch.from_numpy))
-            for scorer in decoder._scorers.values():
-                patched.setattr(scorer, "norm", counting.as_one("norm", scorer.norm))
-            parts = {
-                getattr(scorer.attention, name): name
-                for scorer in decoder._scorers.values()
-                for name in ("qkv_proj", "rotary_emb")
-            }
-            for part, name in parts.items():
-                patched.setattr(part, "forward", counting.as_one(name, part.forward))
             decide(decoder, *args)
         counted.append(counting.seen)
 
