@@ -33,12 +33,9 @@ class PrefixHits:
         managers = manager.coordinator.single_type_managers
         self._parked = next(m for m in managers if isinstance(m, ParkedManager))
         self._stages = [m for m in managers if isinstance(m, StageManager)]
-        self._reusable = [self._parked, *self._before_decisions()]
+        dense_stages = int(live.schedule.encoder_ratio is None)
+        self._reusable = [self._parked, *(m for m in self._stages if m.stage < dense_stages)]
         self._stock = manager.get_computed_blocks
-
-    def _before_decisions(self) -> list[StageManager]:
-        dense_stages = int(self.live.schedule.encoder_ratio is None)
-        return [m for m in self._stages if m.stage < dense_stages]
 
     def get_computed_blocks(self, request: Request, *limit: int | None) -> tuple[Any, int, int]:
         """As in vLLM: blocks per group, tokens they hold, and 0 (no sparse group lags behind).

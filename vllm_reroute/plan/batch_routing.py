@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
 from vllm_reroute.plan.request_routing import RequestRouting
+from vllm_reroute.plan.turns import Turn
 
 
 def rows_alike(table: np.ndarray) -> tuple[int, ...]:
@@ -21,46 +21,37 @@ def rows_alike(table: np.ndarray) -> tuple[int, ...]:
     return tuple(first)
 
 
-class EndingTurn(NamedTuple):
-    """A turn that a step decides. recalled: visual tokens of earlier turns that it ranks."""
-
-    request: int
-    end: int
-    recalled: int
-
-
 @dataclass(frozen=True)
 class BatchTurns:
     """All turns of a batch as arrays.
 
-    request, begin, end: [turns] int64. recalled: [turns] int64, visual tokens of earlier turns that are
-    ranked. deferred: [stages, turns] int64.
+    turns: [turns], with their request. request, begin, end: [turns] int64. deferred: [stages, turns] int64.
     """
 
+    turns: tuple[tuple[int, Turn], ...]
     request: np.ndarray
     begin: np.ndarray
     end: np.ndarray
-    recalled: np.ndarray
     deferred: np.ndarray
 
     @classmethod
     def of(cls, routings: Sequence[RequestRouting | None], num_stages: int) -> BatchTurns:
-        turns = [
-            (i, turn.begin, turn.end, turn.num_recalled, *map(turn.deferred, range(num_stages)))
+        turns = tuple(
+            (i, turn)
             for i, routing in enumerate(routings)
             if routing is not None
             for turn in routing.turns.turns
-        ]
-        table = np.array(turns, dtype=np.int64).reshape(len(turns), 4 + num_stages).T
-        return cls(table[0], table[1], table[2], table[3], table[4:])
+        )
+        facts = [(i, t.begin, t.end, *map(t.deferred, range(num_stages))) for i, t in turns]
+        table = np.array(facts, dtype=np.int64).reshape(len(facts), 3 + num_stages).T
+        return cls(turns, table[0], table[1], table[2], table[3:])
 
-    def ending(self, num_computed: np.ndarray, end: np.ndarray) -> list[EndingTurn]:
-        """Those whose end lies in a step from num_computed to end, both [requests]: one of a request."""
+    def ending(self, num_computed: np.ndarray, end: np.ndarray) -> list[tuple[int, Turn]]:
+        """Those whose end lies in a step from num_computed to end, both [requests], with their request:
+        one of a request."""
         ends = (num_computed[self.request] < self.end) & (self.end <= end[self.request])
-        (turns,) = ends.nonzero()
-        columns = (column[turns].tolist() for column in (self.request, self.end, self.recalled))
-        ending = [EndingTurn(*values) for values in zip(*columns, strict=True)]
-        assert len({turn.request for turn in ending}) == len(ending), "two turns end in one step"
+        ending = [self.turns[number] for number in ends.nonzero()[0].tolist()]
+        assert len(dict(ending)) == len(ending), "two turns end in one step"
         return ending
 
 

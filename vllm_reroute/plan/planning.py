@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_reroute.plan.batch_routing import BatchRouting, EndingTurn
+from vllm_reroute.plan.batch_routing import BatchRouting
 from vllm_reroute.plan.request_routing import RequestRouting
 from vllm_reroute.plan.step_plan import (
     NOWHERE,
@@ -15,6 +15,7 @@ from vllm_reroute.plan.step_plan import (
     StepPlan,
     places_of,
 )
+from vllm_reroute.plan.turns import Turn
 
 
 def plan_step(
@@ -52,15 +53,15 @@ def plan_step(
     ending = batch.turns.ending(num_computed, end)
     # Visual tokens of earlier turns are ranked, too, where such a turn ends.
     num_candidates = last - first
-    for turn in ending:
-        num_candidates[turn.request] += turn.recalled
+    for request, turn in ending:
+        num_candidates[request] += turn.num_recalled
     candidates = StageLengths(num_candidates.astype(np.int32), last.astype(np.int32))
     are_the_steps = bool((first == num_computed).all() and (last == end).all())
     if not ending and are_the_steps:
         return StepPlan(num_tokens, query, held, candidates)
     prefills = tuple(
-        _prefill(turn, batch.routings[turn.request], int(first[turn.request]), candidates)
-        for turn in ending
+        _prefill(request, turn, batch.routings[request], int(first[request]), candidates)
+        for request, turn in ending
     )
     boundary = _plan_boundary(
         num_computed,
@@ -70,23 +71,23 @@ def plan_step(
         first,
         last,
         block_size,
-        are_the_steps=are_the_steps and not any(turn.recalled for turn in ending),
+        are_the_steps=are_the_steps and not any(prefill.num_recalled for prefill in prefills),
         offers_parked=offers_parked,
     )
     return StepPlan(num_tokens, query, held, candidates, prefills, boundary)
 
 
 def _prefill(
-    ending: EndingTurn, routing: RequestRouting | None, first: int, candidates: StageLengths
+    index: int, turn: Turn, routing: RequestRouting | None, first: int, candidates: StageLengths
 ) -> ImagePrefill:
     assert routing is not None, "only prompts with visual tokens have turns"
     return ImagePrefill(
-        index=ending.request,
-        start=int(candidates.query_start_loc[ending.request]),
-        num_tokens=int(candidates.query_lens[ending.request]),
+        index=index,
+        start=int(candidates.query_start_loc[index]),
+        num_tokens=int(candidates.query_lens[index]),
         first=first,
         routing=routing,
-        turn=next(turn for turn in routing.turns.turns if turn.end == ending.end),
+        turn=turn,
     )
 
 
@@ -156,10 +157,11 @@ def _plan_boundary(
     if sees_cached_text or not are_the_steps:
         candidates = _candidate_places(first, last, prefills)
         request, place = candidates.request, candidates.position
-        of_step = place >= num_computed[request]
-        source = starts[request] + place - num_computed[request]
-        source[~of_step] = int(num_scheduled.sum()) + np.arange(int((~of_step).sum()))
-        fetched = Places(request[~of_step], place[~of_step])
+        if not are_the_steps:
+            of_step = place >= num_computed[request]
+            source = starts[request] + place - num_computed[request]
+            source[~of_step] = int(num_scheduled.sum()) + np.arange(int((~of_step).sum()))
+            fetched = candidates.take(~of_step)
         if sees_cached_text:
             completes = (place // block_size + 1) * block_size <= last[request]
             shared_text = candidates.take((place < text_end[request]) & completes)
@@ -167,7 +169,7 @@ def _plan_boundary(
         parked=parked,
         parked_rows=parked_rows,
         fetched=fetched,
-        source=None if are_the_steps else source,
+        source=source,
         shared_text=shared_text,
         first=first,
         text_rows=np.maximum(np.minimum(last, text_end) - first, 0),

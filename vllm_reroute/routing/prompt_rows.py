@@ -184,7 +184,7 @@ class PromptRows:
         prefills = plan.prefills
         lengths = plan.candidates if layout is None else plan.stages[layout]
         places = PromptTable.of(prefills, lengths, layout, of)
-        shared, shared_rows = shared_text(plan, lengths, prefills)
+        shared, shared_rows = shared_text(plan, lengths)
         earlier, first_earlier = earlier_turns(prefills, of, places.first_own)
         # Whatever the decision for this stage needs goes to the device in one copy.
         kept = tuple(p.turn.kept[stage] for p in prefills)

@@ -75,9 +75,7 @@ def hidden_keys(lens: np.ndarray, n: int) -> np.ndarray:
     return np.arange(int(lens.max())) >= seen[..., None]
 
 
-def shared_text(
-    plan: StepPlan, lengths: StageLengths, prefills: tuple[ImagePrefill, ...]
-) -> tuple[Places, np.ndarray]:
+def shared_text(plan: StepPlan, lengths: StageLengths) -> tuple[Places, np.ndarray]:
     """Text that a prompt of this step may find cached though it is written in this very step.
 
     Its rows lead those of its request in every layout, so a row is its distance from the first.
